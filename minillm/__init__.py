@@ -1,0 +1,1 @@
+"""minillm: the modern LLM stack, by hand and readable."""

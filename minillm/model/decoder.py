@@ -1,0 +1,98 @@
+"""The decoder: embed, L blocks, norm, head. Every model that minillm knows is this one class and a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillm.config import DecoderConfig
+from minillm.model.alibi import alibi_bias
+from minillm.model.attention import visible_keys
+from minillm.model.block import make_block
+from minillm.model.cache import KVCache
+from minillm.model.heads import ScalarHead
+from minillm.model.norms import make_norm
+from minillm.model.rope import Rotary
+
+
+class Decoder(nn.Module):
+    """tokens (B, T) int64 -> logits (B, T, V), or values (B, T) with a scalar head.
+
+        x = embed[tokens];   x = block_l(x) for l = 1 .. L;   logits = norm(x) W_head^T
+
+    keep (B, T) bool marks real tokens, on either side of padding; None means that all are. With a cache, T tokens
+    follow those already in it, and only they are computed.
+
+    >>> tiny = DecoderConfig(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_size=4,
+    ...                      ffn_size=16, context=32)
+    >>> Decoder(tiny)(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 9])
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(make_block(config) for _ in range(config.num_layers))
+        self.norm = make_norm(config)
+        self.rotary = Rotary(config) if config.position == "rotary" else None
+        self.lm_head: nn.Linear | ScalarHead | None
+        if config.head == "scalar":
+            self.lm_head = ScalarHead(config.hidden_size)
+        elif config.tied_embeddings:
+            self.lm_head = None
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        #: What the checkpoint's generation_config.json says; `minillm.generate` starts from it.
+        self.generation_defaults: Mapping[str, object] = {}
+
+    def forward(self, tokens: Tensor, *, keep: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        return self.head(self.hidden(tokens, keep=keep, cache=cache))
+
+    def hidden(self, tokens: Tensor, *, keep: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """The normed state under the head: (B, T) -> (B, T, D). For a head of your own, or logits of a few tokens."""
+        batch, queries = tokens.shape
+        past = 0 if cache is None else cache.length
+        if cache is not None:
+            keep = cache.reserve(keep, batch, queries)
+        positions = _positions(keep, past + queries, tokens.device)  # (B or 1, S)
+        x = self.embed(tokens)
+        rotation = None if self.rotary is None else self.rotary(positions[:, past:], x.dtype)
+        mask = self._mask(keep, positions, queries, x.dtype)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotation, mask, None if cache is None else partial(cache.write, layer))
+        if cache is not None:
+            cache.advance(queries)
+        return self.norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> logits (..., V), through the embedding itself where the two are tied."""
+        return F.linear(hidden, self.embed.weight) if self.lm_head is None else self.lm_head(hidden)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache in the model's dtype and on its device."""
+        weight = self.embed.weight
+        return KVCache(self.config, batch, capacity, dtype=weight.dtype, device=weight.device)
+
+    def _mask(self, keep: Tensor | None, positions: Tensor, queries: int, dtype: torch.dtype) -> Tensor | None:
+        """None for plain causal attention, else (B or 1, H or 1, T, S); see `minillm.model.attention`."""
+        keys = positions.shape[1]
+        alibi = self.config.position == "alibi"
+        if keep is None and not alibi and queries in (1, keys):
+            return None
+        visible = visible_keys(keep, queries, keys, positions.device)
+        if not alibi:
+            return visible
+        bias = alibi_bias(positions, self.config.num_heads, self.config.head_size, dtype)
+        return torch.where(visible, bias, torch.finfo(dtype).min)
+
+
+def _positions(keep: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """Real tokens before each slot: keep (B, S) -> (B, S) int64, or (1, S) without padding. Pads count as 0."""
+    if keep is None:
+        return torch.arange(length, device=device)[None]
+    return ((keep.long().cumsum(dim=1) - 1) * keep).clamp(min=0)

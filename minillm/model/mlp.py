@@ -1,0 +1,57 @@
+"""The position-wise feed-forward layer, in two shapes.
+
+gated   y = W_down (act(W_gate x) * (W_up x))         SwiGLU for act = silu, arXiv 2002.05202 eq. 6
+plain   y = W_down act(W_up x)                        arXiv 1706.03762 eq. 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillm.config import DecoderConfig
+from minillm.model.linear import make_linear
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,  # x * sigmoid(x)
+    "gelu": F.gelu,  # x * Phi(x), with erf
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class GatedMLP(nn.Module):
+    """x (B, T, D) -> (B, T, D) through two widths F multiplied with each other."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.ffn_size, config.mlp_bias
+        self.gate_proj = make_linear(config, width, inner, bias=bias)
+        self.up_proj = make_linear(config, width, inner, bias=bias)
+        self.down_proj = make_linear(config, inner, width, bias=bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PlainMLP(nn.Module):
+    """x (B, T, D) -> (B, T, D) through one width F."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.ffn_size, config.mlp_bias
+        self.up_proj = make_linear(config, width, inner, bias=bias)
+        self.down_proj = make_linear(config, inner, width, bias=bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+def make_mlp(config: DecoderConfig) -> GatedMLP | PlainMLP:
+    """The feed-forward layer that the config names."""
+    return GatedMLP(config) if config.mlp == "gated" else PlainMLP(config)
