@@ -1,0 +1,162 @@
+"""A checkpoint folder -> a `Decoder`, and back.
+
+    folder ── config.json ──▶ DecoderConfig ──▶ Decoder on the meta device (shapes, no memory)
+       └──── *.safetensors ─▶ lazy tensors ─▶ WeightMap ─▶ cast ─▶ parameters, one at a time
+
+The model is built without memory and filled tensor by tensor, so that the peak is the model plus the tensor in hand.
+Shapes are compared before anything is read; a mismatch names both and costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from minillm.checkpoint import meta
+from minillm.checkpoint.families import family_of, read_config, read_json
+from minillm.checkpoint.resolve import resolve
+from minillm.checkpoint.shards import open_checkpoint
+from minillm.checkpoint.weight_map import Rule, WeightMap
+from minillm.config import DecoderConfig
+from minillm.errors import CheckpointError, InputError
+from minillm.model import Decoder
+
+Report = Callable[[str, int], None]  # (tensor name, bytes read so far)
+
+
+class Tensors(Protocol):
+    """Named tensors, read one at a time."""
+
+    def keys(self) -> list[str]: ...
+    def shape(self, key: str) -> tuple[int, ...]: ...
+    def dtype(self, key: str) -> torch.dtype: ...
+    def read(self, key: str) -> Tensor: ...
+    def close(self) -> None: ...
+
+
+def load_model(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    ignore: Collection[str] = (),
+) -> Decoder:
+    """A Hugging Face id or folder, or a folder in Meta's format -> the model, in eval mode.
+
+    dtype: of the parameters; None keeps the checkpoint's own. allow_pickle: also read `.bin` and `.pth` files, with
+    torch's restricted unpickler; safetensors need no trust. ignore: config fields known to leave the maths alone.
+    Raises CheckpointError or ConfigError, naming file, tensor or field.
+    """
+    wanted = as_dtype(dtype)
+    folder = resolve(name_or_folder, revision=revision, allow_pickle=allow_pickle)
+    config, files, weight_map, defaults = _open(folder, allow_pickle, ignore)
+    try:
+        config, weight_map = _untie_if_different(config, files, weight_map, folder)
+        with torch.device("meta"):
+            model = Decoder(config)
+        fill(model, files, weight_map, dtype=wanted, device=device)
+    finally:
+        files.close()
+    model.generation_defaults = defaults
+    return model.eval()
+
+
+def _open(
+    folder: Path, allow_pickle: bool, ignore: Collection[str]
+) -> tuple[DecoderConfig, Tensors, WeightMap, Mapping[str, Any]]:
+    if meta.is_meta_folder(folder):
+        if not allow_pickle:
+            raise CheckpointError(
+                f"{folder}: Meta's format keeps weights in .pth files; pass allow_pickle=True to read them "
+                "(restricted unpickler: no code is run)"
+            )
+        files = meta.MetaFiles(folder)
+        config = meta.config_from_params(folder, files)
+        return config, files, meta.weight_map(config), meta.generation_defaults(config)
+    config = read_config(folder, ignore)
+    weight_map = family_of(config.family, str(folder)).weight_map(config)
+    return config, open_checkpoint(folder, allow_pickle=allow_pickle), weight_map, generation_defaults(folder)
+
+
+def fill(
+    model: Decoder,
+    files: Tensors,
+    weight_map: WeightMap,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    """Give every meta parameter of the model its tensor: read, split, cast, place, one checkpoint tensor at a time."""
+    parameters = dict(model.named_parameters())
+    matched = weight_map.match(files.keys(), parameters)
+    for key, rule in matched.items():
+        _check_shape(key, files.shape(key), rule, parameters)
+    for key, rule in matched.items():
+        for name, tensor in zip(rule.ours, rule.split(files.read(key)), strict=True):
+            if tensor.dtype not in _FLOATS:
+                raise CheckpointError(f"tensor {key} is {tensor.dtype}; weights must be float, bfloat16 or half")
+            _place(model, name, tensor.to(device=device, dtype=dtype).contiguous())
+
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_shape(key: str, found: tuple[int, ...], rule: Rule, parameters: Mapping[str, Tensor]) -> None:
+    expected = tuple(rule.join([parameters[name] for name in rule.ours]).shape)
+    if found != expected:
+        raise CheckpointError(
+            f"tensor {key} has shape {found}, but config.json asks for {expected}; "
+            "config and weights must come from the same model"
+        )
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))
+
+
+def _untie_if_different(
+    config: DecoderConfig, files: Tensors, weight_map: WeightMap, folder: Path
+) -> tuple[DecoderConfig, WeightMap]:
+    """Where config.json ties the head to the embedding but the file holds both and they differ, the file is right."""
+    embedding = next(rule.theirs for rule in weight_map.rules if rule.ours == ("embed.weight",))
+    head, keys = "lm_head.weight", set(files.keys())
+    if not config.tied_embeddings or config.head != "lm" or not {head, embedding} <= keys:
+        return config, weight_map
+    if torch.equal(files.read(head), files.read(embedding)):
+        return config, weight_map
+    config = replace(config, tied_embeddings=False)
+    return config, family_of(config.family, str(folder)).weight_map(config)
+
+
+def generation_defaults(folder: Path) -> dict[str, Any]:
+    """generation_config.json, with the token ids of config.json where it names none."""
+    path = folder / "generation_config.json"
+    defaults = read_json(path) if path.is_file() else {}
+    config = read_json(folder / "config.json")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if defaults.get(name) is None and config.get(name) is not None:
+            defaults[name] = config[name]
+    return defaults
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """`torch.bfloat16` from `"bfloat16"`; None stays None, for the checkpoint's own.
+
+    >>> as_dtype("bfloat16")
+    torch.bfloat16
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if dtype not in known:
+        raise InputError(f"dtype {dtype!r} is unknown; choose one of {', '.join(known)}")
+    return known[dtype]

@@ -1,0 +1,77 @@
+"""A `Decoder` -> a folder that transformers (and minillm) loads: the same weight map, backwards.
+
+    config.json              from DecoderConfig, in the dialect `config.family` names
+    model.safetensors        or numbered shards and their index
+    generation_config.json   what the model came with, if anything
+    tokenizer files          if a tokenizer is given
+
+Every file appears whole or not at all; config.json comes last, so that a folder that has one is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from minillm.checkpoint.atomic import write_atomically
+from minillm.checkpoint.families import family_of
+from minillm.checkpoint.shards import save_checkpoint
+from minillm.errors import CheckpointError
+from minillm.model import Decoder
+
+if TYPE_CHECKING:
+    from minillm.data.tokenizer import Tokenizer
+
+_SHARD_BYTES = 5 * 10**9  # transformers' default, below every hub's file limit
+
+
+def save(
+    model: Decoder,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Write model (and tokenizer) to a folder, bitwise: loading it back gives every parameter with the same bits.
+
+    Raises ConfigError where the format named by `model.config.family` has no such shape, and CheckpointError where a
+    layer is not a plain float layer any more (adapters are saved as adapters, or merged first).
+    """
+    folder = Path(folder)
+    family = family_of(model.config.family, str(folder))
+    config = family.config_to_hf(model.config)  # before anything is written: it may refuse
+    parameters = dict(model.named_parameters())
+    rules = {rule.theirs: rule for rule in family.weight_map(model.config).rules}
+    _check_complete(parameters, {name for rule in rules.values() for name in rule.ours})
+
+    def joined(key: str) -> Tensor:
+        return rules[key].join([parameters[name].detach().cpu() for name in rules[key].ours]).contiguous()
+
+    def described(key: str) -> Tensor:
+        return rules[key].join([parameters[name].detach().to("meta") for name in rules[key].ours])
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    _write_json(folder / "generation_config.json", dict(model.generation_defaults))
+    save_checkpoint({key: described(key) for key in rules}, joined, folder, max_shard_bytes=max_shard_bytes)
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    ids = {name: model.generation_defaults.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(folder / "config.json", config | {"torch_dtype": dtype} | ids)
+
+
+def _check_complete(parameters: dict[str, nn.Parameter], known: set[str]) -> None:
+    odd = sorted(set(parameters) ^ known)
+    if odd:
+        raise CheckpointError(
+            f"parameter {odd[0]} has no place in the checkpoint format; merge adapters and dequantise before saving"
+        )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    if content:
+        write_atomically(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
