@@ -75,7 +75,7 @@ def _refuse_window(fields: Fields, context: int) -> None:
     fields.get("sliding_window")
     if window is not None and window < context:
         raise ConfigError(
-            f"{fields.where}: sliding_window {window} is shorter than the context {context}, and minillm attends to all; "
+            f"{fields.where}: sliding_window {window} is shorter than the context {context}; minillm attends to all: "
             f'set "sliding_window": null and "max_position_embeddings": {window} to use it up to {window} tokens'
         )
 

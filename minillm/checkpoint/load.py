@@ -9,6 +9,7 @@ Shapes are compared before anything is read; a mismatch names both and costs not
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -24,10 +25,11 @@ from minillm.checkpoint.resolve import resolve
 from minillm.checkpoint.shards import open_checkpoint
 from minillm.checkpoint.weight_map import Rule, WeightMap
 from minillm.config import DecoderConfig
+from minillm.data.tokenizer import Tokenizer
 from minillm.errors import CheckpointError, InputError
 from minillm.model import Decoder
 
-Report = Callable[[str, int], None]  # (tensor name, bytes read so far)
+Report = Callable[[int, int], None]  # (bytes read so far, bytes in all)
 
 
 class Tensors(Protocol):
@@ -40,6 +42,18 @@ class Tensors(Protocol):
     def close(self) -> None: ...
 
 
+def load(name_or_folder: str | os.PathLike[str], **options: Any) -> tuple[Decoder, Tokenizer]:
+    """A Hugging Face id or folder -> model and tokenizer; options as in `load_model`.
+
+    The tokenizer comes first, so that a folder without one fails before any weight is read.
+    """
+    folder = resolve(
+        name_or_folder, revision=options.pop("revision", None), allow_pickle=options.get("allow_pickle", False)
+    )
+    tokenizer = Tokenizer.load(folder)
+    return load_model(folder, **options), tokenizer
+
+
 def load_model(
     name_or_folder: str | os.PathLike[str],
     *,
@@ -48,12 +62,14 @@ def load_model(
     revision: str | None = None,
     allow_pickle: bool = False,
     ignore: Collection[str] = (),
+    report: Report | None = None,
 ) -> Decoder:
     """A Hugging Face id or folder, or a folder in Meta's format -> the model, in eval mode.
 
     dtype: of the parameters; None keeps the checkpoint's own. allow_pickle: also read `.bin` and `.pth` files, with
     torch's restricted unpickler; safetensors need no trust. ignore: config fields known to leave the maths alone.
-    Raises CheckpointError or ConfigError, naming file, tensor or field.
+    report: called with (bytes read, bytes in all) after each tensor. Raises CheckpointError or ConfigError, naming
+    file, tensor or field.
     """
     wanted = as_dtype(dtype)
     folder = resolve(name_or_folder, revision=revision, allow_pickle=allow_pickle)
@@ -62,7 +78,7 @@ def load_model(
         config, weight_map = _untie_if_different(config, files, weight_map, folder)
         with torch.device("meta"):
             model = Decoder(config)
-        fill(model, files, weight_map, dtype=wanted, device=device)
+        fill(model, files, weight_map, dtype=wanted, device=device, report=report)
     finally:
         files.close()
     model.generation_defaults = defaults
@@ -91,19 +107,25 @@ def fill(
     files: Tensors,
     weight_map: WeightMap,
     *,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    report: Report | None = None,
 ) -> None:
     """Give every meta parameter of the model its tensor: read, split, cast, place, one checkpoint tensor at a time."""
     parameters = dict(model.named_parameters())
     matched = weight_map.match(files.keys(), parameters)
     for key, rule in matched.items():
         _check_shape(key, files.shape(key), rule, parameters)
+    sizes = {key: math.prod(files.shape(key)) * files.dtype(key).itemsize for key in matched}
+    done, total = 0, sum(sizes.values())
     for key, rule in matched.items():
         for name, tensor in zip(rule.ours, rule.split(files.read(key)), strict=True):
             if tensor.dtype not in _FLOATS:
                 raise CheckpointError(f"tensor {key} is {tensor.dtype}; weights must be float, bfloat16 or half")
             _place(model, name, tensor.to(device=device, dtype=dtype).contiguous())
+        done += sizes[key]
+        if report is not None:
+            report(done, total)
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

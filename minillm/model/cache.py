@@ -61,6 +61,16 @@ class KVCache:
         """Count T tokens as seen, after every layer has written them."""
         self.length += queries
 
+    def grow(self, capacity: int) -> None:
+        """Raise the capacity, keeping what is cached; a smaller one is left alone."""
+        if capacity <= self.capacity:
+            return
+        for store in (self.keys, self.values):
+            for layer, old in enumerate(store):
+                store[layer] = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+                store[layer][:, :, : self.length] = old[:, :, : self.length]
+        self.capacity = capacity
+
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` slots: a rejected draft, or an edited conversation."""
         if not 0 <= length <= self.length:

@@ -1,0 +1,29 @@
+"""Builds the native modules where a compiler is found; without one minillm installs and runs in pure Python.
+
+    minillm._cpu    csrc/cpu/*.cpp     C++17, pybind11, OpenMP; no torch headers, so one build serves every torch
+
+A failed build is said and skipped. MINILLM_NATIVE=1 makes it an error.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+CPU_SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+
+cpu = Pybind11Extension(
+    "minillm._cpu",
+    CPU_SOURCES,
+    cxx_std=17,
+    extra_compile_args=["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"],
+    extra_link_args=["-fopenmp"],
+    optional=os.environ.get("MINILLM_NATIVE") != "1",
+)
+
+ParallelCompile("MINILLM_BUILD_JOBS", default=os.cpu_count() or 1).install()
+setup(ext_modules=[cpu] if CPU_SOURCES else [], cmdclass={"build_ext": build_ext})
