@@ -12,7 +12,6 @@ from minillm.checkpoint.load import load_model
 from minillm.model import Decoder
 from tests import tiny
 
-
 # Threads cost more than they bring on models this small.
 torch.set_num_threads(1)
 

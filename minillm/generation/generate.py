@@ -11,7 +11,7 @@ only, hence each row gets what it would get alone. A row that has finished goes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -118,8 +118,15 @@ def _pick(
 class _Row:
     """One answer while it is written: text that may be shown so far, and why it ended."""
 
-    def __init__(self, prompt: Sequence[int], tokenizer: Tokenizer | None, sampling: Sampling, limit: int) -> None:
-        self.completion = Completion()
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        tokenizer: Tokenizer | None,
+        sampling: Sampling,
+        limit: int,
+        completion: Completion | None = None,
+    ) -> None:
+        self.completion = Completion() if completion is None else completion
         self.done = False
         self._limit, self._eos = limit, frozenset(sampling.eos_ids)
         self._decoder = None if tokenizer is None else StreamDecoder(tokenizer, prompt=prompt)
@@ -164,45 +171,67 @@ def generate(
     model's longest context; a checkpoint without an end-of-text token goes on to one of the others. Raises InputError
     for a prompt that is empty (and no BOS to stand for it) or does not fit the context, NumericsError for NaN logits.
     """
-    sampling = Sampling.from_hf(model.generation_defaults, **options)
+    sampling = sampling_for(model, options)
     if not isinstance(num_return_sequences, int) or num_return_sequences < 1:
         raise InputError(f"num_return_sequences is {num_return_sequences!r}; give a whole number of at least 1")
-    listed = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)
-    rows = [_Prepared(model, tokenizer, prompt, sampling) for prompt in listed for _ in range(num_return_sequences)]
-    if not rows:
-        raise InputError("no prompt is given; pass at least one")
-    answers = [row.answer for row in rows]
-    for step in token_steps(model, [row.ids for row in rows], sampling, max(row.limit for row in rows)):
-        for row, token, logprob in zip(answers, step.tokens, step.logprobs, strict=True):
+    listed = _each(prompts)
+    ids = [_prompt_ids(model, tokenizer, prompt) for prompt in listed for _ in range(num_return_sequences)]
+    limits = [answer_limit(len(prompt), sampling, model.config.longest) for prompt in ids]
+    rows = [_Row(prompt, tokenizer, sampling, limit) for prompt, limit in zip(ids, limits, strict=True)]
+    for step in token_steps(model, ids, sampling, max(limits)):
+        for row, token, logprob in zip(rows, step.tokens, step.logprobs, strict=True):
             if not row.done:
                 row.push(token, logprob)
-        if all(row.done for row in answers):
+        if all(row.done for row in rows):
             break
-    return [row.completion for row in answers]
+    return [row.completion for row in rows]
 
 
-def stream(model: Decoder, tokenizer: Tokenizer, prompt: Prompt, **options: Any) -> Iterator[str]:
+def _each(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list: a list of whole numbers is one prompt of token ids."""
+    if isinstance(prompts, str):
+        return [prompts]
+    several: list[Any] = list(prompts)
+    return [several] if not several or isinstance(several[0], int) else several
+
+
+def stream(
+    model: Decoder, tokenizer: Tokenizer, prompt: Prompt, *, answer: Completion | None = None, **options: Any
+) -> Iterator[str]:
     """The answer to one prompt, piece by piece as it is written; never half a character, never part of a stop string.
 
-    Options as in `generate`; the pieces together are its text.
+    Options as in `generate`; the pieces together are its text. `answer`, if given, is filled on the way: tokens,
+    log-probabilities, why it ended.
     """
-    sampling = Sampling.from_hf(model.generation_defaults, **options)
-    row = _Prepared(model, tokenizer, prompt, sampling)
-    for step in token_steps(model, [row.ids], sampling, row.limit):
-        piece = row.answer.push(step.tokens[0], step.logprobs[0])
+    sampling = sampling_for(model, options)
+    return answer_stream(model, tokenizer, _prompt_ids(model, tokenizer, prompt), sampling, answer=answer)
+
+
+def answer_stream(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    *,
+    answer: Completion | None = None,
+    cache: KVCache | None = None,
+) -> Iterator[str]:
+    """`stream` on token ids; fills `answer` on the way, and computes only what `cache` does not hold yet."""
+    limit = answer_limit(len(prompt), sampling, model.config.longest)
+    row = _Row(prompt, tokenizer, sampling, limit, answer)
+    if cache is not None:
+        cache.grow(len(prompt) + limit)
+    for step in token_steps(model, [prompt], sampling, limit, cache=cache):
+        piece = row.push(step.tokens[0], step.logprobs[0])
         if piece:
             yield piece
-        if row.answer.done:
+        if row.done:
             return
 
 
-class _Prepared:
-    """A prompt as token ids, checked, with the number of tokens its answer may have."""
-
-    def __init__(self, model: Decoder, tokenizer: Tokenizer | None, prompt: Prompt, sampling: Sampling) -> None:
-        self.ids = _prompt_ids(model, tokenizer, prompt)
-        self.limit = answer_limit(len(self.ids), sampling, model.config.longest)
-        self.answer = _Row(self.ids, tokenizer, sampling, self.limit)
+def sampling_for(model: Decoder, options: Mapping[str, Any]) -> Sampling:
+    """What the checkpoint's generation_config.json says, with the caller's options on top."""
+    return Sampling.from_hf(model.generation_defaults, **options)
 
 
 def _prompt_ids(model: Decoder, tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:

@@ -1,0 +1,273 @@
+"""The `minillm` command: generate, chat, info.
+
+Each subcommand is a dataclass; its fields are the flags, the string under a field its help. An error that is the
+input's fault prints one line and exits with status 2; `--debug` shows where it was raised.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from tyro.conf import (
+    DisallowNone,
+    FlagCreatePairsOff,
+    OmitArgPrefixes,
+    Positional,
+    PositionalMetavarFromFieldName,
+    UseAppendAction,
+    subcommand,
+)
+
+from minillm.checkpoint.load import as_dtype, load_model
+from minillm.checkpoint.resolve import resolve
+from minillm.data.tokenizer import Tokenizer
+from minillm.errors import InputError, MinillmError
+from minillm.generation.generate import Completion, generate, stream
+from minillm.generation.session import Session
+from minillm.info import describe
+from minillm.model import Decoder
+
+_DESCRIPTION = "Load, inspect and run language models by hand-written, readable code. minillm COMMAND --help says more."
+_NOTES = Console(stderr=True, highlight=False)  # progress and remarks; stdout carries the text alone
+
+
+@dataclass
+class Checkpoint:
+    """Which model, and how to hold it."""
+
+    model: Positional[str]
+    """Hugging Face id (owner/name) or a folder in Hugging Face's or Meta's format."""
+    revision: str | None = None
+    """Branch, tag or commit of an id."""
+    allow_pickle: bool = False
+    """Read .bin and .pth weights too, with torch's restricted unpickler. Safetensors need no trust."""
+    ignore: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """A config.json field minillm does not know and you know to be harmless."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass
+class Loading(Checkpoint):
+    """A model to run."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights; auto keeps the checkpoint's own."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda, cuda:1."""
+
+    def load(self) -> tuple[Decoder, Tokenizer]:
+        """Model and tokenizer, with a progress bar while weights are read."""
+        folder = resolve(self.model, revision=self.revision, allow_pickle=self.allow_pickle)
+        tokenizer = Tokenizer.load(folder)
+        columns = (TextColumn("reading weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=_NOTES, transient=True) as progress:
+            task = progress.add_task("", total=None)
+            model = load_model(
+                folder,
+                dtype=None if self.dtype == "auto" else as_dtype(self.dtype),
+                device=torch.device(self.device),
+                allow_pickle=self.allow_pickle,
+                ignore=self.ignore,
+                report=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        return model, tokenizer
+
+
+@dataclass
+class Choices:
+    """How the next token is chosen. What is not given comes from the checkpoint's generation_config.json."""
+
+    max_new_tokens: int | None = None
+    """Longest answer, in tokens."""
+    max_length: int | None = None
+    """Longest prompt and answer together, in tokens."""
+    min_new_tokens: int | None = None
+    """No end of text before this many tokens."""
+    sample: bool = False
+    """Draw tokens at random. Implied by temperature, top-k, top-p, min-p and typical-p."""
+    greedy: bool = False
+    """Take the most likely token each time, whatever the checkpoint prefers."""
+    temperature: float | None = None
+    """Below 1 bolder tokens become rarer, above 1 more common."""
+    top_k: int | None = None
+    """Draw from the k most likely tokens; 0 = all."""
+    top_p: float | None = None
+    """Draw from the fewest tokens that hold this share of probability."""
+    min_p: float | None = None
+    """Draw from tokens at least this share as likely as the likeliest."""
+    typical_p: float | None = None
+    """Draw from the tokens whose surprise is nearest to the expected one, holding this share."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens that already occurred less likely."""
+    no_repeat_ngram_size: int | None = None
+    """Never write the same n tokens in a row twice."""
+    stop: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """End the answer before this text; may be given several times."""
+    seed: int | None = None
+    """The same seed draws the same text."""
+
+    def options(self) -> dict[str, Any]:
+        """The options of `minillm.generate` that were given."""
+        if self.sample and self.greedy:
+            raise InputError("--sample and --greedy contradict each other; give one")
+        given = {name: value for name, value in vars(self).items() if name not in ("sample", "greedy", "stop")}
+        if self.sample or self.greedy:
+            given["do_sample"] = self.sample
+        if self.stop:
+            given["stop"] = self.stop
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass
+class Generate(Loading):
+    """Continue a text.
+
+    minillm generate tiiuae/falcon-7b "Girafatron is obsessed with giraffes." --top-k 10 --max-length 200
+    """
+
+    prompt: Positional[str] = ""
+    """The text to continue; - reads it from standard input. Empty starts from the model's BOS token."""
+    num_return_sequences: int = 1
+    """How many answers to write; more than one are printed when all are done."""
+    choices: OmitArgPrefixes[Choices] = field(default_factory=Choices)
+
+    def run(self) -> None:
+        prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
+        options = self.choices.options()
+        model, tokenizer = self.load()
+        start = time.perf_counter()
+        if self.num_return_sequences == 1:
+            answer = Completion()
+            if sys.stdout.isatty():
+                Console(highlight=False).print(prompt, style="dim", end="", markup=False)
+            _show(stream(model, tokenizer, prompt, answer=answer, **options))
+            answers = [answer]
+        else:
+            answers = generate(model, tokenizer, prompt, num_return_sequences=self.num_return_sequences, **options)
+            for number, answer in enumerate(answers, start=1):
+                print(f"--- {number} ---\n{answer.text}")
+        _remark(answers, time.perf_counter() - start)
+
+
+@dataclass
+class Chat(Loading):
+    """Talk with a chat model; needs a chat template.
+
+    In the conversation: /reset forgets it, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
+    """
+
+    system: str | None = None
+    """The system message."""
+    chat_template: Path | None = None
+    """A Jinja file to use instead of the checkpoint's own template."""
+    choices: OmitArgPrefixes[Choices] = field(default_factory=Choices)
+
+    def run(self) -> None:
+        options = self.choices.options()
+        model, tokenizer = self.load()
+        if self.chat_template is not None:
+            if not self.chat_template.is_file():
+                raise InputError(f"{self.chat_template}: no such file; --chat-template wants a Jinja file")
+            tokenizer.chat_template = self.chat_template.read_text(encoding="utf-8")
+        opening = [{"role": "system", "content": self.system}] if self.system else []
+        tokenizer.chat([*opening, {"role": "user", "content": ""}])  # no template: say so before the first question
+        session, messages = Session(model, tokenizer), list(opening)
+        for said in _questions():
+            if said == "/reset":
+                messages = list(opening)
+                continue
+            messages.append({"role": "user", "content": said})
+            messages.append({"role": "assistant", "content": _turn(session, tokenizer, messages, options)})
+
+
+def _turn(session: Session, tokenizer: Tokenizer, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
+    answer = Completion()
+    start = time.perf_counter()
+    try:
+        _show(_without_leading_space(session.stream(tokenizer.chat(messages), answer, **options)))
+    except KeyboardInterrupt:
+        print()
+    _remark([answer], time.perf_counter() - start)
+    return answer.text.strip()
+
+
+def _questions() -> Iterator[str]:
+    while True:
+        try:
+            said = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if said in ("/exit", "/quit"):
+            return
+        if said.startswith("/") and said != "/reset":
+            _NOTES.print("commands: /reset forgets the conversation, /exit leaves", style="dim")
+        elif said:
+            yield said
+
+
+@dataclass
+class Info(Checkpoint):
+    """Parameters, memory by number format, and what the key/value cache costs; reads no weights."""
+
+    def run(self) -> None:
+        folder = resolve(self.model, revision=self.revision, weights=False, allow_pickle=self.allow_pickle)
+        Console(highlight=False).print(describe(folder, self.model, self.allow_pickle, self.ignore))
+
+
+def _show(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _without_leading_space(pieces: Iterator[str]) -> Iterator[str]:
+    started = False
+    for piece in pieces:
+        text = piece if started else piece.lstrip()
+        started = started or bool(text)
+        yield text
+
+
+def _remark(answers: Sequence[Completion], seconds: float) -> None:
+    tokens = sum(len(answer.tokens) for answer in answers)
+    reasons = ", ".join(sorted({answer.finish_reason for answer in answers}))
+    _NOTES.print(f"[{tokens} tokens, {tokens / seconds:.1f} a second with the prompt, ended by {reasons}]", style="dim")
+
+
+Command = Union[  # noqa: UP007  # `|` cannot join Annotated on Python 3.10
+    Annotated[Generate, subcommand("generate")],
+    Annotated[Chat, subcommand("chat")],
+    Annotated[Info, subcommand("info")],
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    style = (FlagCreatePairsOff, PositionalMetavarFromFieldName, DisallowNone)
+    command: Any = tyro.cli(Command, prog="minillm", description=_DESCRIPTION, args=arguments, config=style)
+    try:
+        command.run()
+    except MinillmError as error:
+        if command.debug:
+            raise
+        _NOTES.print(f"minillm: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
