@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -75,7 +74,7 @@ class Loading(Checkpoint):
             model = load_model(
                 folder,
                 dtype=None if self.dtype == "auto" else as_dtype(self.dtype),
-                device=torch.device(self.device),
+                device=self.device,
                 allow_pickle=self.allow_pickle,
                 ignore=self.ignore,
                 report=lambda done, total: progress.update(task, completed=done, total=total),

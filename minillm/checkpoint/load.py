@@ -71,14 +71,15 @@ def load_model(
     report: called with (bytes read, bytes in all) after each tensor. Raises CheckpointError or ConfigError, naming
     file, tensor or field.
     """
-    wanted = as_dtype(dtype)
+    wanted, device = as_dtype(dtype), as_device(device)
     folder = resolve(name_or_folder, revision=revision, allow_pickle=allow_pickle)
-    config, files, weight_map, defaults = _open(folder, allow_pickle, ignore)
+    config, files, weight_map_of, defaults = _open(folder, allow_pickle, ignore)
     try:
-        config, weight_map = _untie_if_different(config, files, weight_map, folder)
+        _check_sizes(config, files, folder)
+        config = _untie_if_different(config, files, weight_map_of(config))
         with torch.device("meta"):
             model = Decoder(config)
-        fill(model, files, weight_map, dtype=wanted, device=device, report=report)
+        fill(model, files, weight_map_of(config), where=str(folder), dtype=wanted, device=device, report=report)
     finally:
         files.close()
     model.generation_defaults = defaults
@@ -87,7 +88,7 @@ def load_model(
 
 def _open(
     folder: Path, allow_pickle: bool, ignore: Collection[str]
-) -> tuple[DecoderConfig, Tensors, WeightMap, Mapping[str, Any]]:
+) -> tuple[DecoderConfig, Tensors, Callable[[DecoderConfig], WeightMap], Mapping[str, Any]]:
     if meta.is_meta_folder(folder):
         if not allow_pickle:
             raise CheckpointError(
@@ -96,10 +97,10 @@ def _open(
             )
         files = meta.MetaFiles(folder)
         config = meta.config_from_params(folder, files)
-        return config, files, meta.weight_map(config), meta.generation_defaults(config)
+        return config, files, meta.weight_map, meta.generation_defaults(config)
     config = read_config(folder, ignore)
-    weight_map = family_of(config.family, str(folder)).weight_map(config)
-    return config, open_checkpoint(folder, allow_pickle=allow_pickle), weight_map, generation_defaults(folder)
+    weight_map_of, defaults = family_of(config.family, str(folder)).weight_map, generation_defaults(folder)
+    return config, open_checkpoint(folder, allow_pickle=allow_pickle), weight_map_of, defaults
 
 
 def fill(
@@ -107,21 +108,23 @@ def fill(
     files: Tensors,
     weight_map: WeightMap,
     *,
+    where: str,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     report: Report | None = None,
 ) -> None:
-    """Give every meta parameter of the model its tensor: read, split, cast, place, one checkpoint tensor at a time."""
+    """Give every meta parameter of the model its tensor: read, split, cast, place, one checkpoint tensor at a time.
+
+    Names, shapes and dtypes are compared before the first byte is read; `where` stands in front of those errors.
+    """
     parameters = dict(model.named_parameters())
-    matched = weight_map.match(files.keys(), parameters)
+    matched = weight_map.match(files.keys(), parameters, where=where)
     for key, rule in matched.items():
-        _check_shape(key, files.shape(key), rule, parameters)
+        _check_tensor(f"{where}: tensor {key}", files.shape(key), files.dtype(key), rule, parameters)
     sizes = {key: math.prod(files.shape(key)) * files.dtype(key).itemsize for key in matched}
     done, total = 0, sum(sizes.values())
     for key, rule in matched.items():
         for name, tensor in zip(rule.ours, rule.split(files.read(key)), strict=True):
-            if tensor.dtype not in _FLOATS:
-                raise CheckpointError(f"tensor {key} is {tensor.dtype}; weights must be float, bfloat16 or half")
             _place(model, name, tensor.to(device=device, dtype=dtype).contiguous())
         done += sizes[key]
         if report is not None:
@@ -131,13 +134,36 @@ def fill(
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check_shape(key: str, found: tuple[int, ...], rule: Rule, parameters: Mapping[str, Tensor]) -> None:
+def _check_tensor(
+    what: str, shape: tuple[int, ...], dtype: torch.dtype, rule: Rule, parameters: Mapping[str, Tensor]
+) -> None:
     expected = tuple(rule.join([parameters[name] for name in rule.ours]).shape)
-    if found != expected:
+    if shape != expected:
         raise CheckpointError(
-            f"tensor {key} has shape {found}, but config.json asks for {expected}; "
-            "config and weights must come from the same model"
+            f"{what} has shape {shape}, but the config asks for {expected}; both must come from the same model"
         )
+    if dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{what} is {dtype}; minillm loads {', '.join(map(str, _FLOATS))}: get the checkpoint in one of these"
+        )
+
+
+def _check_sizes(config: DecoderConfig, files: Tensors, folder: Path) -> None:
+    """No weight holds more numbers than all files do: told before a model of absurd sizes is built."""
+    shapes = list(map(files.shape, files.keys()))
+    held, width = sum(map(math.prod, shapes)), config.hidden_size
+    heads = config.num_heads * config.head_size
+    for name, size, most in (
+        ("num_layers", config.num_layers, len(shapes)),
+        ("vocab_size", config.vocab_size, held // width),
+        ("num_heads * head_size", heads, held // width),
+        ("ffn_size", config.ffn_size, held // width),
+    ):
+        if size > most:
+            raise CheckpointError(
+                f"{folder}: the config's {name} is {size} at hidden_size {width}, more than the {held:,} numbers in "
+                f"{len(shapes)} tensors of the weights can fill; both must come from the same model"
+            )
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -145,18 +171,14 @@ def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))
 
 
-def _untie_if_different(
-    config: DecoderConfig, files: Tensors, weight_map: WeightMap, folder: Path
-) -> tuple[DecoderConfig, WeightMap]:
+def _untie_if_different(config: DecoderConfig, files: Tensors, weight_map: WeightMap) -> DecoderConfig:
     """Where config.json ties the head to the embedding but the file holds both and they differ, the file is right."""
     embedding = next(rule.theirs for rule in weight_map.rules if rule.ours == ("embed.weight",))
     head, keys = "lm_head.weight", set(files.keys())
     if not config.tied_embeddings or config.head != "lm" or not {head, embedding} <= keys:
-        return config, weight_map
-    if torch.equal(files.read(head), files.read(embedding)):
-        return config, weight_map
-    config = replace(config, tied_embeddings=False)
-    return config, family_of(config.family, str(folder)).weight_map(config)
+        return config
+    equal = torch.equal(files.read(head), files.read(embedding))
+    return config if equal else replace(config, tied_embeddings=False)
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:
@@ -168,6 +190,16 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
         if defaults.get(name) is None and config.get(name) is not None:
             defaults[name] = config[name]
     return defaults
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """`torch.device` from a string; InputError where torch does not know it or this machine does not have it."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]:.80})") from error
+    return found
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
