@@ -6,6 +6,7 @@ input's fault prints one line and exits with status 2; `--debug` shows where it 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -252,7 +253,7 @@ Command = Union[  # noqa: UP007  # `|` cannot join Annotated on Python 3.10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Entry point; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C, 141 for a closed pipe."""
     style = (FlagCreatePairsOff, PositionalMetavarFromFieldName, DisallowNone)
     command: Any = tyro.cli(Command, prog="minillm", description=_DESCRIPTION, args=arguments, config=style)
     try:
@@ -265,6 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print()
         return 130
+    except BrokenPipeError:  # `minillm generate ... | head`: nobody reads on, and Python would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 

@@ -136,14 +136,38 @@ class DecoderConfig:
             )
         if not self.rope_theta > 1:
             raise ConfigError(f"rope_theta is {self.rope_theta}; it must be above 1, usually 10000 or more")
-        scaling = self.rope_scaling
-        if scaling is not None and not scaling.factor >= 1:
+        if self.rope_scaling is not None:
+            self._check_scaling(self.rope_scaling, size)
+
+    def _check_scaling(self, scaling: RopeScaling, size: int) -> None:
+        if not scaling.factor >= 1:
             raise ConfigError(f"rope scaling factor is {scaling.factor}; it must be at least 1")
+        if isinstance(scaling, DynamicRope) and size == 2:
+            raise ConfigError(
+                "rotary_size is 2; dynamic rope scaling raises to the power d / (d - 2) and needs 4 or more"
+            )
+        if isinstance(scaling, Llama3Rope | YarnRope | LongRope) and not scaling.original_context > 1:
+            raise ConfigError(
+                f"rope scaling original_context is {scaling.original_context}; it must be at least 2 tokens"
+            )
+        if isinstance(scaling, Llama3Rope) and not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+            raise ConfigError(
+                f"rope scaling low_freq_factor is {scaling.low_freq_factor}; it must lie between 0 and "
+                f"high_freq_factor {scaling.high_freq_factor}"
+            )
+        if isinstance(scaling, YarnRope) and not 0 < scaling.beta_slow <= scaling.beta_fast:
+            raise ConfigError(
+                f"rope scaling beta_slow is {scaling.beta_slow}; it must lie between 0 and "
+                f"beta_fast {scaling.beta_fast}"
+            )
         if isinstance(scaling, LongRope):
             for name in ("short_factor", "long_factor"):
-                found = len(getattr(scaling, name))
-                if found != size // 2:
-                    raise ConfigError(f"rope scaling {name} has {found} numbers; rotary size {size} needs {size // 2}")
+                divisors = getattr(scaling, name)
+                if len(divisors) != size // 2 or not all(divisor > 0 for divisor in divisors):
+                    raise ConfigError(
+                        f"rope scaling {name} has {len(divisors)} numbers, the least {min(divisors, default=0)}; "
+                        f"rotary size {size} needs {size // 2}, all above 0"
+                    )
 
     @property
     def rotary_dim(self) -> int:
@@ -164,7 +188,7 @@ class DecoderConfig:
         factor 4).
         """
         scaling = self.rope_scaling
-        if isinstance(scaling, LinearRope | DynamicRope):
+        if self.position == "rotary" and isinstance(scaling, LinearRope | DynamicRope):
             return math.floor(self.context * scaling.factor)
         return self.context
 

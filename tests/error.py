@@ -18,6 +18,7 @@ LOGITS_FP32 = 1e-5
 
 def distance(found: Tensor, reference: Tensor) -> float:
     """max |found - reference| / max |reference|; infinite where shapes differ or anything is not finite."""
+    found, reference = found.detach(), reference.detach()
     if found.shape != reference.shape or not bool(torch.isfinite(found).all()):
         return float("inf")
     largest = reference.double().abs().max().clamp(min=torch.finfo(torch.float64).tiny)
@@ -31,7 +32,9 @@ def assert_near(found: Tensor, reference: Tensor, bound: float = LOGITS_FP32, wh
 
 def assert_rule_of_two(found: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
     """|found - exact| <= 2 |plain - exact| + eps |exact| in the Euclidean norm; `exact` is float64."""
+    found, plain, exact = found.detach(), plain.detach(), exact.detach()
     assert exact.dtype == torch.float64 and found.shape == exact.shape, what
+    assert all(bool(torch.isfinite(x).all()) for x in (found, plain, exact)), f"{what}: not finite"
     ours, theirs = (float((x.double() - exact).norm()) for x in (found, plain))
     rounding = torch.finfo(found.dtype).eps * float(exact.norm())
     assert ours <= 2 * theirs + rounding, f"{what}: error {ours:.2e}, the plain formula's {theirs:.2e}"

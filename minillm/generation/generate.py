@@ -88,6 +88,8 @@ def token_steps(
 
     cache: one that already holds the beginning of a single prompt, which is then not computed again.
     """
+    if model.config.head != "lm":
+        raise InputError("the model has a scalar head: it scores text and writes none; load a language model")
     tokens, keep = left_pad(prompts, model.embed.weight.device)
     if cache is None:
         cache = model.new_cache(len(prompts), tokens.shape[1] + steps)
@@ -156,14 +158,15 @@ class _Row:
 def generate(
     model: Decoder,
     tokenizer: Tokenizer | None,
-    prompts: Prompt | Sequence[Prompt],
+    prompts: Prompt | Sequence[Prompt] | Tensor,
     *,
     num_return_sequences: int = 1,
     **options: Any,
 ) -> list[Completion]:
     """Answers to one prompt or several, `num_return_sequences` each, in order.
 
-    prompts: text, or token ids (as `tokenizer.chat` gives them; tokenizer may then be None and text stays empty).
+    prompts: text, or token ids (as `tokenizer.chat` gives them, or an int64 tensor; tokenizer may then be None and the
+    text stays empty).
     options: the fields of `Sampling`; what is not given comes from the checkpoint's generation_config.json. Row r draws
     from a random stream of its own, seeded with seed + r, so that its text does not depend on the rows beside it.
 
@@ -187,11 +190,11 @@ def generate(
     return [row.completion for row in rows]
 
 
-def _each(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list: a list of whole numbers is one prompt of token ids."""
+def _each(prompts: Prompt | Sequence[Prompt] | Tensor) -> list[Prompt]:
+    """One prompt or several, as a list: whole numbers in a row are one prompt of token ids."""
     if isinstance(prompts, str):
         return [prompts]
-    several: list[Any] = list(prompts)
+    several: list[Any] = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
     return [several] if not several or isinstance(several[0], int) else several
 
 
@@ -216,12 +219,16 @@ def answer_stream(
     answer: Completion | None = None,
     cache: KVCache | None = None,
 ) -> Iterator[str]:
-    """`stream` on token ids; fills `answer` on the way, and computes only what `cache` does not hold yet."""
+    """`stream` on token ids; fills `answer`, a fresh Completion, and computes only what `cache` does not hold yet."""
     limit = answer_limit(len(prompt), sampling, model.config.longest)
     row = _Row(prompt, tokenizer, sampling, limit, answer)
     if cache is not None:
         cache.grow(len(prompt) + limit)
-    for step in token_steps(model, [prompt], sampling, limit, cache=cache):
+    return _pieces(row, token_steps(model, [prompt], sampling, limit, cache=cache))
+
+
+def _pieces(row: _Row, steps: Iterator[Step]) -> Iterator[str]:
+    for step in steps:
         piece = row.push(step.tokens[0], step.logprobs[0])
         if piece:
             yield piece

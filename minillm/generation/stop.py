@@ -2,7 +2,7 @@
 
 A stop string may be split over pieces, so text that could be its beginning is held back until the next piece decides.
 
-    stop "END"    pieces "the E", "N", "glish END of"    ->  "the ", "", "English "    and found
+    stop "END"    pieces "the E", "N", "glish END of"    ->  "the ", "", "ENglish "    and found
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class StopStrings:
 
     >>> stop = StopStrings(["END"])
     >>> stop.push("the E"), stop.push("N"), stop.push("glish END of"), stop.found
-    ('the ', '', 'English ', True)
+    ('the ', '', 'ENglish ', True)
     """
 
     def __init__(self, strings: Sequence[str]) -> None:

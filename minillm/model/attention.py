@@ -49,7 +49,9 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     keys, values = (x.to(wide).repeat_interleave(repeats, dim=1) for x in (k, v))  # (B, H, S, E)
     if mask is None:
         mask = visible_keys(None, q.shape[2], k.shape[2], q.device)
-    bias = torch.zeros((), dtype=wide).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
+    bias = (
+        torch.zeros((), dtype=wide, device=q.device).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
+    )
     scores = q.to(wide) @ keys.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias  # (B, H, T, S)
     return (scores.softmax(dim=-1) @ values).to(q.dtype)
 
@@ -59,10 +61,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     groups, keys = k.shape[1:3]
     batch, heads, queries, size = q.shape
     if queries == 1:
-        folded = q.view(batch, groups, heads // groups, size)  # (B, G, H/G, E)
+        folded = q.reshape(batch, groups, heads // groups, size)  # (B, G, H/G, E)
         if mask is not None and mask.shape[1] == heads:
-            mask = mask.view(-1, groups, heads // groups, keys)
-        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).view(batch, heads, 1, size)
+            mask = mask.reshape(-1, groups, heads // groups, keys)
+        y = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask)
+        return y.reshape(batch, heads, 1, size)  # no view: some of torch's kernels lay y out as (B, H/G, G, E)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups != heads)
 
 

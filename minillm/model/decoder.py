@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import DecoderConfig
+from minillm.errors import InputError
 from minillm.model.alibi import alibi_bias
 from minillm.model.attention import visible_keys
 from minillm.model.block import make_block
@@ -56,6 +57,11 @@ class Decoder(nn.Module):
     def hidden(self, tokens: Tensor, *, keep: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """The normed state under the head: (B, T) -> (B, T, D). For a head of your own, or logits of a few tokens."""
         batch, queries = tokens.shape
+        if keep is not None and (keep.shape != tokens.shape or keep.dtype != torch.bool):
+            raise InputError(
+                f"keep is {keep.dtype} {tuple(keep.shape)}; it must be bool and of the tokens' shape {batch, queries}, "
+                "without those already cached"
+            )
         past = 0 if cache is None else cache.length
         if cache is not None:
             keep = cache.reserve(keep, batch, queries)
@@ -80,19 +86,19 @@ class Decoder(nn.Module):
 
     def _mask(self, keep: Tensor | None, positions: Tensor, queries: int, dtype: torch.dtype) -> Tensor | None:
         """None for plain causal attention, else (B or 1, H or 1, T, S); see `minillm.model.attention`."""
-        keys = positions.shape[1]
-        alibi = self.config.position == "alibi"
-        if keep is None and not alibi and queries in (1, keys):
-            return None
-        visible = visible_keys(keep, queries, keys, positions.device)
-        if not alibi:
-            return visible
-        bias = alibi_bias(positions, self.config.num_heads, self.config.head_size, dtype)
-        return torch.where(visible, bias, torch.finfo(dtype).min)
+        config, keys = self.config, positions.shape[1]
+        everything = keep is None and queries == 1  # a single token sees all before it
+        if config.position == "rotary":
+            plain = everything or (keep is None and queries == keys)
+            return None if plain else visible_keys(keep, queries, keys, positions.device)
+        bias = alibi_bias(positions, config.num_heads, config.head_size, dtype)
+        if everything:
+            return bias
+        return torch.where(visible_keys(keep, queries, keys, positions.device), bias, torch.finfo(dtype).min)
 
 
 def _positions(keep: Tensor | None, length: int, device: torch.device) -> Tensor:
     """Real tokens before each slot: keep (B, S) -> (B, S) int64, or (1, S) without padding. Pads count as 0."""
     if keep is None:
         return torch.arange(length, device=device)[None]
-    return ((keep.long().cumsum(dim=1) - 1) * keep).clamp(min=0)
+    return (keep.long().cumsum(dim=1) - 1) * keep

@@ -62,8 +62,8 @@ class Rotary(nn.Module):
     def _frequencies_for(self, positions: Tensor) -> Tensor:
         if self._fixed is None:
             return frequencies(self.config, int(positions.max()) + 1).to(positions.device)
-        if self._fixed.device != positions.device:
-            self._fixed = self._fixed.to(positions.device)
+        if self._fixed.device != positions.device:  # computed again, not moved: the meta device keeps no numbers
+            self._fixed = frequencies(self.config, self.config.context).to(positions.device)
         return self._fixed
 
 
@@ -85,8 +85,8 @@ def frequencies(config: DecoderConfig, length: int) -> Tensor:
             return _yarn(theta**exponent, theta, scaling)
         case LongRope() as scaling:
             beyond = length > scaling.original_context
-            divisor = torch.tensor(scaling.long_factor if beyond else scaling.short_factor, device="cpu")
-            return 1.0 / (divisor * theta**exponent)
+            divisor = scaling.long_factor if beyond else scaling.short_factor
+            return 1.0 / (torch.tensor(divisor, dtype=torch.float32, device="cpu") * theta**exponent)
 
 
 def attention_factor(config: DecoderConfig) -> float:

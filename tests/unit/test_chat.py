@@ -74,7 +74,7 @@ def test_messages_are_not_changed() -> None:
 def test_what_the_template_refuses_is_the_users_error() -> None:
     with pytest.raises(InputError) as caught:
         render("{{ raise_exception('Roles must\n   alternate!') }}")
-    assert str(caught.value) == "the chat template refuses these messages: Roles must"
+    assert str(caught.value) == "the chat template refuses these messages: Roles must alternate!"
 
 
 @pytest.mark.parametrize("wrong", ["Hi", {"role": "user"}, [{"content": "Hi"}], [{"role": 3}], ["Hi"], [None]])
@@ -154,7 +154,7 @@ def test_escapes_are_refused(attack: str) -> None:
 # Cost. Each of these takes hours or tens of GB without the rule it tests.
 
 DOUBLING = "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set ns.x = BODY %}{% endfor %}{{ ns.x }}"
-BIG = "{% set s = 'a' * 4000000 %}"
+BIG = "{% set s = 'a' * 500000 %}"
 
 
 @pytest.mark.parametrize(
@@ -188,9 +188,9 @@ BIG = "{% set s = 'a' * 4000000 %}"
         BIG + "{{ s.join(s) }}",
         BIG + "{{ s | join(s) }}",
         BIG + "{{ range(100000) | join(s) }}",
-        BIG + "{{ s.join(range(100000) | map('string')) }}",
+        BIG + "{{ s.join(range(9999) | map('string')) }}",
         BIG + "{{ '%(x)s%(x)s%(x)s' % {'x': s} }}",
-        BIG + "{{ s.rfind('b' + 'a' * 2000000) }}",
+        BIG + "{{ s.rfind('b' + 'a' * 250000) }}",
         BIG + "{{ s.translate({97: s}) }}",
         BIG + "{% for i in range(100) %}{{ s }}{% endfor %}",
         BIG + "{% for i in range(100000) %}{% set t = s + 'b' %}{% endfor %}",
@@ -206,6 +206,8 @@ BIG = "{% set s = 'a' * 4000000 %}"
         "{{ 5 | round(-1000000000) }}",
         "{{ (1).to_bytes(10000000000, 'big') }}",
         "{{ '\t'.expandtabs(10 ** 9) }}",
+        BIG + "{{ (s | int(base=16)) // (s[:250000] | int(base=16)) }}",
+        "{{ (1).from_bytes('a'.encode(), 'big') }}",
         "{{ strftime_now('%1000000000d') }}",
         "{{ range(10 ** 12) | list }}",
         "{{ [1, 2] | slice(1000000000) | list }}",
@@ -213,22 +215,20 @@ BIG = "{% set s = 'a' * 4000000 %}"
         "{{ lipsum(100000000) }}",
     ],
 )
-def test_nothing_grows_without_bound(template: str) -> None:
+def test_nothing_grows_without_bound(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_VALUE", 1 << 20)  # an eighth of the real one, for the test's own speed
     start = time.perf_counter()
-    with pytest.raises(TokenizerError, match=r"the chat template (fails|does not parse)"):
-        render(template, seconds=60)
-    assert time.perf_counter() - start < 20  # about 0.2 s; room for a busy machine
-
-
-def test_memory_stays_bounded() -> None:
     tracemalloc.start()
     try:
-        with pytest.raises(TokenizerError):
-            render(DOUBLING.replace("BODY", "ns.x ~ ns.x"))
+        with pytest.raises(
+            TokenizerError, match=r"SecurityError|OverflowError: Range too big|No filter named|is undefined"
+        ):
+            render(template, seconds=60)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 8 * sandbox.MAX_VALUE
+    assert peak < 64 << 20  # a few values of 1 Mi characters, four bytes each at most, and the text that came out
+    assert time.perf_counter() - start < 20  # about 0.2 s; room for a busy machine
 
 
 @pytest.mark.parametrize(
