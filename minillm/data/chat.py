@@ -104,7 +104,7 @@ def _explained(seconds: float) -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join((str(error).splitlines() or [""])[0].split())[:500]
+    return " ".join(str(error).split())[:500]
 
 
 @lru_cache(maxsize=16)

@@ -4,8 +4,8 @@ A token is not a piece of text. A character may be spread over several tokens; a
 stands before it; a byte-fallback run (`<0xF0><0x9F>...`) becomes characters only if all of it is valid UTF-8. Decoding
 everything so far at each token would be right and quadratic. Decoding a short window is right and linear, because
 
-1. text before the window has no influence once the window's context prints something (only the first printed token
-   may lose its leading space);
+1. text before the window has no influence: the one thing that a decoder does at the beginning only, taking off a
+   leading space, it does to the window's context, which is out already;
 2. of the window's text only the end can still change: one U+FFFD, which may be the beginning of a character, or a
    whole run of byte tokens. That is held back, and nothing else is.
 
@@ -76,14 +76,10 @@ class StreamDecoder:
         return piece
 
     def _move(self, window: list[int], *, held: int = 0) -> None:
-        """Make `window` the context of what comes next, if it prints; all of its text but `held` characters is out."""
+        """Make `window` the context of what comes next; all of its text but the last `held` characters is out."""
         text = self._decode(window)
-        if text:
-            self._window, self._shown = window, text[: len(text) - held]
-            self._fresh = 0 if held else len(window)
-        else:
-            self._shown = self._decode(self._window)
-            self._fresh = len(self._window)
+        self._window, self._shown = window, text[: len(text) - held]
+        self._fresh = 0 if held else len(window)
 
     def _new_part(self, text: str) -> str:
         if text.startswith(self._shown):
@@ -103,6 +99,6 @@ class StreamDecoder:
         """The last few printing ids of the prompt, from the beginning of a byte run if there is one."""
         ids = [i for i in prompt if self._prints(i)]
         start = max(0, len(ids) - 2 * CONTEXT)
-        while start and (ids[start] in self._tokenizer.byte_ids or not self._decode(ids[start:])):
+        while start and ids[start] in self._tokenizer.byte_ids:
             start -= 1
         return ids[start:]

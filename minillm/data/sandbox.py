@@ -7,7 +7,8 @@ interrupts (`"a" * 10**10`). So three rules hold together:
 1. *No value is large.* A value's weight is the number of characters it would print. Whatever can make a larger value
    out of smaller ones (operators, `~`, list literals, captured blocks, calls, filters) is weighed; more than
    `MAX_VALUE`, or more than `MAX_TOTAL` in one rendering, is refused. Where one step multiplies, it is weighed before.
-2. *What cannot be bounded cheaply is not there*: padding methods, `translate`, filters that run regular expressions.
+2. *What cannot be bounded cheaply is not there*: padding methods, `translate`, filters that run regular expressions,
+   numbers of thousands of digits.
 3. *Everything else runs through Python lines*, and a trace function looks at the clock on each of them, so that a loop
    that emits nothing stops as well.
 
@@ -35,15 +36,17 @@ from jinja2.runtime import Context, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-MAX_VALUE = 1 << 23  # characters: eight times the text of a million-token chat's longest message
-MAX_TOTAL = 1 << 28
-MAX_DIGITS = 1 << 12
+MAX_VALUE = 1 << 23  # characters; a million tokens of text are about half as many
+MAX_TOTAL = 1 << 28  # characters; every message may pass through dozens of filters
+MAX_BITS = 1 << 12  # dividing large numbers is quadratic
 MAX_NARROW = 1000
-NODE = 8  # an object costs a pointer at least; it also bounds the time that weighing takes
-WIDE_METHODS = frozenset("center expandtabs format_map ljust rjust to_bytes translate zfill".split())
+NODE = 32  # bytes that any object costs; it also bounds the time that weighing takes
+REFUSED_METHODS = frozenset(
+    "center decode encode expandtabs format_map from_bytes ljust rjust to_bytes translate zfill".split()
+)
 BACKWARD_SEARCHES = frozenset("rfind rindex rpartition rsplit".split())  # quadratic in CPython
 DROPPED_FILTERS = "batch center lipsum pprint random slice striptags sum urlize wordwrap xmlattr".split()
-NARROW_FILTERS = frozenset("indent round tojson truncate".split())  # their arguments are widths
+NARROW_FILTERS = frozenset("indent round truncate".split())  # their arguments are widths
 _WIDE_SPEC = re.compile(r"%[^%a-zA-Z]*(\*|\d{4})|:[^{}]*(\{|\d{4})")
 
 _made: ContextVar[list[int]] = ContextVar("characters made by this rendering")
@@ -89,7 +92,7 @@ def weight(value: Any) -> int:
         if isinstance(item, (str, bytes)):
             total += len(item)
         elif isinstance(item, int):
-            total += item.bit_length() // 3
+            total += item.bit_length() // 3 if item.bit_length() <= MAX_BITS else MAX_VALUE
         elif isinstance(item, dict):
             stack.extend(item.keys())
             stack.extend(item.values())
@@ -109,6 +112,7 @@ def keep(value: Any) -> Any:
 
 
 def refuse_if(condition: bool, what: str) -> None:
+    """Raise jinja2's `SecurityError`, whose text says `what` is not allowed, where `condition` holds."""
     if condition:
         raise SecurityError(f"{what} is not allowed in a chat template")
 
@@ -171,7 +175,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
     """The environment of the three rules; see the module's docstring."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
-
     code_generator_class = WeighingCodeGenerator
 
     def __init__(self) -> None:
@@ -195,7 +198,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(receiver, (str, bytes, int)):
             if name == "join":
                 args = tuple(list(items) for items in args)  # a generator can be looked at only once
-            check_method(receiver, name, args, kwargs)
+            check_method(receiver, name, [*args, *kwargs.values()])
         return keep(super().call(__context, __obj, *args, **kwargs))
 
 
@@ -218,7 +221,8 @@ def weighed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if name in NARROW_FILTERS:
             _check_narrow(name, [*rest, *kwargs.values()])
         elif name == "replace":
-            check_method(str(value), name, [str(item) for item in rest], kwargs)
+            named = {**dict(zip(("old", "new"), rest, strict=False)), **kwargs}
+            check_method(str(value), name, [str(named.get("old", "")), str(named.get("new", ""))])
         elif name == "format":
             check_format(str(value), [rest, kwargs])
         elif name == "join":
@@ -231,9 +235,9 @@ def weighed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def check_method(receiver: str | bytes | int, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+def check_method(receiver: str | bytes | int, name: str, args: Sequence[Any]) -> None:
     """Refuse a method call that could cost far more than its arguments weigh."""
-    refuse_if(name in WIDE_METHODS, f"the method `{name}`")
+    refuse_if(name in REFUSED_METHODS, f"the method `{name}`")
     if isinstance(receiver, int):
         return
     if name in BACKWARD_SEARCHES and args:
@@ -244,10 +248,11 @@ def check_method(receiver: str | bytes | int, name: str, args: Sequence[Any], kw
     elif name == "join" and args:
         refuse_if(weight(args[0]) + len(receiver) * len(args[0]) > MAX_VALUE, "a `join` this long")
     elif name == "format":
-        check_format(str(receiver), [args, kwargs])
+        check_format(str(receiver), args)
 
 
 def check_format(pattern: str, values: Any) -> None:
+    """Refuse `%` and `format` patterns that pad widely or repeat a long value; a width may not come from a value."""
     refuse_if(_WIDE_SPEC.search(pattern) is not None, "a format this wide")
     places = pattern.count("%") + pattern.count("{")
     refuse_if(places * weight(values) > MAX_VALUE, "a format that makes this much")
@@ -263,7 +268,7 @@ def _check_narrow(name: str, values: list[Any]) -> None:
 
 def _check_times(left: Any, right: Any) -> None:
     if isinstance(left, int) and isinstance(right, int):
-        refuse_if(left.bit_length() + right.bit_length() > MAX_DIGITS, "a number this large")
+        refuse_if(left.bit_length() + right.bit_length() > MAX_BITS, "a number this large")
         return
     for value, times in ((left, right), (right, left)):
         if isinstance(times, int):
@@ -273,7 +278,7 @@ def _check_times(left: Any, right: Any) -> None:
 
 def _check_power(left: Any, right: Any) -> None:
     if isinstance(left, int) and isinstance(right, int):
-        refuse_if(left.bit_length() * abs(right) > MAX_DIGITS, "a number this large")
+        refuse_if(left.bit_length() * abs(right) > MAX_BITS, "a number this large")
 
 
 def _check_plus(left: Any, right: Any) -> None:

@@ -290,7 +290,7 @@ def _surroundings(pipeline: Pipeline) -> tuple[list[int], list[int]]:
 
 
 def _byte_ids(pipeline: Pipeline) -> frozenset[int]:
-    if '"ByteFallback"' not in json.dumps(json.loads(pipeline.to_str())["decoder"]):
+    if pipeline.decoder is None or b'"ByteFallback"' not in pipeline.decoder.__getstate__():  # its JSON
         return frozenset()
     ids = (pipeline.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
     return frozenset(i for i in ids if i is not None)

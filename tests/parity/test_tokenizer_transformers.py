@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 from collections.abc import Callable
@@ -288,8 +289,13 @@ def test_tiktoken_alone_is_tiktoken(tmp_path: Path) -> None:
         assert ours.decode(ids[1:], skip_special=False) == theirs.decode(ids[1:]) == text
 
 
-def test_sentencepiece_features_of_a_file(tmp_path: Path) -> None:
-    """A tokenizer.json with the other decoder that Llama-like models use (metaspace, byte fallback off)."""
+def test_the_split_of_llama_3_is_theirs() -> None:
+    converter = pytest.importorskip("transformers.convert_slow_tokenizer").TikTokenConverter
+    assert inspect.signature(converter).parameters["pattern"].default == tiktoken_model.SPLIT
+
+
+def test_a_metaspace_decoder(tmp_path: Path) -> None:
+    """The other decoder that Llama-like files use."""
     pipeline = Pipeline(
         models.BPE({"\u2581": 0, "a": 1, "\u2581a": 2, "<s>": 3, "?": 4}, [("\u2581", "a")], unk_token="?")
     )
