@@ -57,7 +57,7 @@ _LEGACY_NAMES = {
 
 def config_from_hf(raw: Mapping[str, Any], where: str, ignore: Collection[str] = ()) -> DecoderConfig:
     """config.json of a Falcon -> DecoderConfig; ConfigError on a field that asks for other maths."""
-    fields = Fields(_modern(raw), where)
+    fields = Fields(_modern(raw, where), where)
     hidden, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
     if hidden % heads:
         raise ConfigError(f"{where}: hidden_size {hidden} is no multiple of {heads} heads; one of the two is wrong")
@@ -81,7 +81,7 @@ def config_from_hf(raw: Mapping[str, Any], where: str, ignore: Collection[str] =
         num_heads=heads,
         num_kv_heads=listed_kv_heads if grouped else (1 if multi_query else heads),
         head_size=hidden // heads,
-        ffn_size=fields.whole("ffn_hidden_size", 4 * hidden),
+        ffn_size=_ffn_size(fields, hidden),
         context=context,
         norm="layer",
         norm_eps=fields.number("layer_norm_epsilon", 1e-5),
@@ -102,8 +102,22 @@ def config_from_hf(raw: Mapping[str, Any], where: str, ignore: Collection[str] =
     return config
 
 
-def _modern(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _ffn_size(fields: Fields, hidden: int) -> int:
+    """`ffn_hidden_size`; the 11B says the same once more as `ff_factor`, a multiple of the width."""
+    size = fields.whole("ffn_hidden_size", 4 * hidden)
+    factor = fields.get("ff_factor")
+    if factor is not None and factor * hidden != size:
+        raise ConfigError(f"{fields.where}: ff_factor {factor!r} x hidden_size {hidden} is not ffn_hidden_size {size}")
+    return size
+
+
+def _modern(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The field names of RefinedWeb and RefinedWebModel files, renamed; n_head_kv means the 40B's architecture."""
+    for legacy, name in _LEGACY_NAMES.items():
+        if legacy in raw and name in raw and raw[legacy] != raw[name]:
+            raise ConfigError(
+                f"{where}: {legacy} {raw[legacy]!r} and {name} {raw[name]!r} differ; remove the wrong one"
+            )
     modern = {_LEGACY_NAMES.get(name, name): value for name, value in raw.items()}
     if "n_head_kv" in raw:
         modern.setdefault("new_decoder_architecture", True)
@@ -158,12 +172,11 @@ def join_qkv(parts: Sequence[Tensor], *, config: DecoderConfig) -> Tensor:
     each, groups, size = config.heads_per_group, config.num_kv_heads, config.head_size
     q, k, v = parts
     tail = q.shape[1:]
-    rows = (
-        q.view(groups, each, size, *tail),
-        k.view(groups, 1, size, *tail),
-        v.view(groups, 1, size, *tail),
-    )
-    return torch.cat(rows, dim=1).reshape(-1, *tail)
+    rows = q.new_empty(groups, each + 2, size, *tail)  # torch.cat would import 800 modules if all are meta tensors
+    rows[:, :each] = q.view(groups, each, size, *tail)
+    rows[:, each] = k.view(groups, size, *tail)
+    rows[:, each + 1] = v.view(groups, size, *tail)
+    return rows.view(-1, *tail)
 
 
 def weight_map(config: DecoderConfig) -> WeightMap:

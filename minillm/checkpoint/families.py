@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from minillm.checkpoint import falcon, llama
+from minillm.checkpoint.hf_config import naming
 from minillm.config import DecoderConfig
 from minillm.errors import CheckpointError, ConfigError, nearest
 
@@ -37,10 +38,14 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing; a checkpoint folder needs it") from error
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); check what it is and its permissions"
+        ) from error
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, a number of 5,000 digits
         raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds a {type(found).__name__}, not an object; download it again")
+        raise CheckpointError(f"{path}: holds a {type(found).__name__}, not a JSON object; download it again")
     return found
 
 
@@ -48,4 +53,6 @@ def read_config(folder: Path, ignore: Collection[str] = ()) -> DecoderConfig:
     """config.json of a folder -> DecoderConfig; `ignore` names unknown fields known to leave the maths alone."""
     path = folder / "config.json"
     raw = read_json(path)
-    return family_of(raw.get("model_type"), str(path)).config_from_hf(raw, str(path), ignore)
+    family = family_of(raw.get("model_type"), str(path))
+    with naming(path):
+        return family.config_from_hf(raw, str(path), ignore)

@@ -8,7 +8,10 @@ false, empty) or known to leave the maths alone passes; any other is an error, b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from minillm.config import DynamicRope, LinearRope, Llama3Rope, LongRope, RopeScaling, YarnRope
@@ -61,21 +64,35 @@ class Fields:
         if value is None:
             raise ConfigError(f"{self.where}: field {name} is missing{nearest(name, self.raw)}; add it")
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{self.where}: field {name} is {value!r}; it must be a whole number of at least 1")
+            raise ConfigError(f"{self.where}: field {name} is {value!r:.40}; it must be a whole number of at least 1")
         return value
 
-    def number(self, name: str, default: float) -> float:
-        """A real number."""
+    def number(self, name: str, default: float | None = None) -> float:
+        """A real number. JSON has no NaN and no infinity, but Python's reader takes them."""
         value = self.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ConfigError(f"{self.where}: field {name} is {value!r}; it must be a number")
+        if not _is_number(value):
+            raise ConfigError(f"{self.where}: field {name} is {value!r:.40}; it must be a number")
         return float(value)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of real numbers."""
+        value = self.get(name)
+        if not isinstance(value, list) or not all(map(_is_number, value)):
+            raise ConfigError(f"{self.where}: field {name} is {value!r:.40}; it must be a list of numbers")
+        return tuple(map(float, value))
+
+    def name(self, name: str, default: str) -> str:
+        """A string."""
+        value = self.get(name, default)
+        if not isinstance(value, str):
+            raise ConfigError(f"{self.where}: field {name} is {value!r:.40}; it must be a string")
+        return value
 
     def flag(self, name: str, default: bool = False) -> bool:
         """True or false."""
         value = self.get(name, default)
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.where}: field {name} is {value!r}; it must be true or false")
+            raise ConfigError(f"{self.where}: field {name} is {value!r:.40}; it must be true or false")
         return value
 
     def finish(self, ignore: Collection[str] = ()) -> None:
@@ -90,9 +107,24 @@ class Fields:
                 )
             hint = nearest(name, self._asked)
             raise ConfigError(
-                f"{self.where}: field {name} = {value!r} is unknown and may change the maths{hint}; "
+                f"{self.where}: field {name} = {value!r:.80} is unknown and may change the maths{hint}; "
                 f"if it does not, pass ignore=[{name!r}]"
             )
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the file in front of `DecoderConfig`'s own errors, which know the field but not where it was read."""
+    try:
+        yield
+    except ConfigError as error:
+        if str(path) in str(error):
+            raise
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 _ACTIVATIONS = {
@@ -107,10 +139,10 @@ _ACTIVATIONS = {
 
 def read_activation(fields: Fields, name: str, default: str) -> Any:
     """The activation's name in `DecoderConfig`."""
-    value = fields.get(name, default)
+    value = fields.name(name, default)
     if value not in _ACTIVATIONS:
         raise ConfigError(
-            f"{fields.where}: {name} {value!r} is unknown{nearest(str(value), _ACTIVATIONS)}; "
+            f"{fields.where}: {name} {value!r} is unknown{nearest(value, _ACTIVATIONS)}; "
             f"minillm has {', '.join(_ACTIVATIONS)}"
         )
     return _ACTIVATIONS[value]
@@ -123,11 +155,10 @@ def write_activation(activation: str) -> str:
 
 def read_head(fields: Fields) -> Any:
     """`"scalar"` for a sequence classifier of one label (a reward model), else `"lm"`."""
-    names = fields.get("architectures", [])
-    if not any(str(name).endswith("ForSequenceClassification") for name in names):
+    if "ForSequenceClassification" not in str(fields.get("architectures")):
         return "lm"
     labels = fields.get("id2label")
-    count = len(labels) if labels else fields.get("num_labels", 2)
+    count = len(labels) if isinstance(labels, Mapping) else fields.get("num_labels", 2)
     if count != 1:
         raise ConfigError(f"{fields.where}: a classifier of {count} labels; minillm has a scalar head, of one label")
     return "scalar"
@@ -141,8 +172,8 @@ _ROPE_KINDS: dict[str, type[RopeScaling]] = {
     "longrope": LongRope,
     "su": LongRope,  # its first name
 }
-_ROPE_IGNORED = ("type", "rope_type", "rope_theta", "partial_rotary_factor", "finetuned")
 _TRAINED = "original_max_position_embeddings"
+_ROPE_COMMON = ("type", "rope_type", "rope_theta", "partial_rotary_factor", "finetuned", _TRAINED)
 
 
 def read_rope(fields: Fields, context: int) -> dict[str, Any]:
@@ -153,10 +184,10 @@ def read_rope(fields: Fields, context: int) -> dict[str, Any]:
     """
     found = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     theta, share = fields.number("rope_theta", 10_000.0), fields.number("partial_rotary_factor", 1.0)
-    trained = fields.get(_TRAINED)
+    trained = None if fields.get(_TRAINED) is None else fields.whole(_TRAINED)
     fields.get("rope_parameters")
     if not isinstance(found, Mapping):
-        raise ConfigError(f"{fields.where}: rope_scaling is {found!r}; it must be a dictionary or null")
+        raise ConfigError(f"{fields.where}: rope_scaling is {found!r:.40}; it must be a dictionary or null")
     inner = Fields(found, f"{fields.where}, rope_scaling")
     return {
         "rope_theta": inner.number("rope_theta", theta),
@@ -166,33 +197,38 @@ def read_rope(fields: Fields, context: int) -> dict[str, Any]:
 
 
 def _read_scaling(fields: Fields, context: int, trained: int | None) -> RopeScaling | None:
-    name = fields.get("rope_type") or fields.get("type") or "default"
-    if name == "default":
+    name = fields.name("rope_type", fields.name("type", "default"))
+    if name not in _ROPE_KINDS and name != "default":
+        hint = nearest(name, _ROPE_KINDS)
+        raise ConfigError(f"{fields.where}: type {name!r} is unknown{hint}; minillm has {', '.join(_ROPE_KINDS)}")
+    kind = _ROPE_KINDS.get(name)
+    wanted = {field.name: field for field in dataclasses.fields(kind)} if kind else {}
+    unknown = [key for key, value in fields.raw.items() if key not in (*wanted, *_ROPE_COMMON) and value is not None]
+    if unknown:
+        hint = nearest(unknown[0], wanted)
+        raise ConfigError(f"{fields.where}: field {unknown[0]} is unknown for {name}{hint}; remove or correct it")
+    if kind is None:
         return None
-    if name not in _ROPE_KINDS:
-        raise ConfigError(
-            f"{fields.where}: type {name!r} is unknown{nearest(str(name), _ROPE_KINDS)}; "
-            f"minillm has {', '.join(_ROPE_KINDS)}"
-        )
-    kind = _ROPE_KINDS[name]
-    original = trained or fields.get(_TRAINED, context)
+    original = trained or fields.whole(_TRAINED, context)
     values: dict[str, Any] = {"original_context": original}
     if kind in (YarnRope, LongRope):
         values["factor"] = context / original
-    wanted = {field.name for field in dataclasses.fields(kind)}
-    known = {*wanted, _TRAINED, *_ROPE_IGNORED}
-    unknown = [key for key, value in fields.raw.items() if key not in known and value is not None]
-    if unknown:
-        raise ConfigError(f"{fields.where}: field {unknown[0]} is unknown for {name}{nearest(unknown[0], wanted)}")
-    values |= {key: _frozen(fields.raw[key]) for key in wanted if fields.raw.get(key) is not None}
-    missing = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in values]
-    if missing:
-        raise ConfigError(f"{fields.where}: {name} needs {missing[0]}; add it")
+    for key, field in wanted.items():
+        if fields.get(key) is not None:
+            values[key] = _READERS[str(field.type)](fields, key)
+        elif field.default is dataclasses.MISSING and key not in values:
+            raise ConfigError(f"{fields.where}: {name} needs {key}; add it")
     return kind(**{key: value for key, value in values.items() if key in wanted})
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+#: How a field of a scaling is read, by its annotation.
+_READERS: Mapping[str, Callable[[Fields, str], Any]] = {
+    "int": Fields.whole,
+    "bool": Fields.flag,
+    "float": Fields.number,
+    "float | None": Fields.number,
+    "tuple[float, ...]": Fields.numbers,
+}
 
 
 def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def config_from_hf(raw: Mapping[str, Any], where: str, ignore: Collection[str] =
         num_layers=fields.whole("num_hidden_layers", 32),
         num_heads=heads,
         num_kv_heads=fields.whole("num_key_value_heads", kv_default),
-        head_size=fields.whole("head_dim", hidden // heads),
+        head_size=_head_size(fields, hidden, heads),
         ffn_size=fields.whole("intermediate_size"),
         context=context,
         norm="rms",
@@ -70,10 +70,20 @@ def config_from_hf(raw: Mapping[str, Any], where: str, ignore: Collection[str] =
     return config
 
 
+def _head_size(fields: Fields, hidden: int, heads: int) -> int:
+    if fields.get("head_dim") is None and hidden % heads:
+        raise ConfigError(
+            f"{fields.where}: hidden_size {hidden} is no multiple of num_attention_heads {heads}; "
+            "correct one of the two, or add head_dim"
+        )
+    return fields.whole("head_dim", hidden // heads)
+
+
 def _refuse_window(fields: Fields, context: int) -> None:
-    window = _MISTRAL_WINDOW if "sliding_window" not in fields.raw else fields.get("sliding_window")
-    fields.get("sliding_window")
-    if window is not None and window < context:
+    if "sliding_window" in fields.raw and fields.get("sliding_window") is None:
+        return
+    window = fields.whole("sliding_window", _MISTRAL_WINDOW)
+    if window < context:
         raise ConfigError(
             f"{fields.where}: sliding_window {window} is shorter than the context {context}; minillm attends to all: "
             f'set "sliding_window": null and "max_position_embeddings": {window} to use it up to {window} tokens'

@@ -27,7 +27,6 @@ Source: transformers' convert_llama_weights_to_hf.py (v4.57), Meta's llama model
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,13 +35,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.checkpoint.hf_config import Fields
+from minillm.checkpoint.families import read_json
+from minillm.checkpoint.hf_config import Fields, naming
+from minillm.checkpoint.tensor_file import PickleFile
 from minillm.checkpoint.weight_map import Rule, WeightMap
 from minillm.config import DecoderConfig, Llama3Rope
-from minillm.errors import CheckpointError
+from minillm.errors import CheckpointError, ConfigError
 
 _ROWS = ("wq.weight", "wk.weight", "wv.weight", "w1.weight", "w3.weight", "output.weight")
 _COLUMNS = ("wo.weight", "w2.weight")
+_EMBEDDING, _GATE, _OUT = "tok_embeddings.weight", "layers.0.feed_forward.w1.weight", "layers.0.attention.wo.weight"
 
 
 def is_meta_folder(folder: Path) -> bool:
@@ -60,12 +62,15 @@ class MetaFiles:
         if not paths or [path.name for path in paths] != expected:
             found = ", ".join(path.name for path in paths) or "none"
             raise CheckpointError(f"{folder}: expected consolidated.00.pth, .01.pth, ... without gaps, found {found}")
-        self._ranks = [_load_rank(path) for path in paths]
+        self._ranks = [PickleFile(path).layout for path in paths]
         keys = set(self._ranks[0])
         for path, rank in zip(paths, self._ranks, strict=True):
             if set(rank) != keys:
                 odd = sorted(set(rank) ^ keys)[0]
                 raise CheckpointError(f"{path}: {odd} is in some ranks only; the files are not of one checkpoint")
+            flat = [key for key in keys if key.endswith((*_ROWS, *_COLUMNS, _EMBEDDING)) and rank[key].ndim != 2]
+            if flat:
+                raise CheckpointError(f"{path}: tensor {flat[0]} is no matrix; the file is not Meta's Llama format")
 
     def keys(self) -> list[str]:
         return list(self._ranks[0])
@@ -99,36 +104,37 @@ class MetaFiles:
             return 0
         if key.endswith(_COLUMNS):
             return 1
-        if key == "tok_embeddings.weight":
+        if key == _EMBEDDING:
             width = self._ranks[0]["norm.weight"].numel()
             return 0 if self._ranks[0][key].shape[1] == width else 1
         return None
 
 
-def _load_rank(path: Path) -> dict[str, Tensor]:
-    try:
-        rank = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path}: not a readable tensor file ({str(error).splitlines()[0]})") from error
-    if not isinstance(rank, dict) or not all(isinstance(value, Tensor) for value in rank.values()):
-        raise CheckpointError(f"{path}: holds something else than named tensors; it is no checkpoint of Meta's")
-    return rank
-
-
 def config_from_params(folder: Path, files: MetaFiles) -> DecoderConfig:
     """params.json and the tensors' shapes -> DecoderConfig."""
-    path = folder / "params.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    fields = Fields(raw.get("model", raw), str(path))
-    width, heads = fields.whole("dim"), fields.whole("n_heads")
-    needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight", "norm.weight")
     present = set(files.keys())
-    for key in needed:
+    for key in (_EMBEDDING, _GATE, _OUT, "norm.weight"):
         if key not in present:
             raise CheckpointError(f"{folder}: tensor {key} is missing; the .pth files are not Meta's Llama format")
+    path = folder / "params.json"
+    raw = read_json(path)
+    if not isinstance(raw.get("model", raw), dict):
+        raise CheckpointError(f"{path}: field model is no JSON object; get the file again")
+    with naming(path):
+        config = _config(Fields(raw.get("model", raw), str(path)), files, tied="output.weight" not in present)
+    held, needed = files.shape(_OUT)[1], config.num_heads * config.head_size
+    if held < needed:
+        raise CheckpointError(
+            f"{folder}: its .pth files hold {held} of the {needed} columns of {_OUT}; "
+            "the consolidated.NN.pth of some rank is missing, get it"
+        )
+    return config
+
+
+def _config(fields: Fields, files: MetaFiles, *, tied: bool) -> DecoderConfig:
+    width, heads = fields.whole("dim"), fields.whole("n_heads")
+    if width % heads and fields.get("head_dim") is None:
+        raise ConfigError(f"{fields.where}: dim {width} is no multiple of n_heads {heads}; one of the two is wrong")
     for name in ("multiple_of", "ffn_dim_multiplier", "vocab_size", "max_batch_size"):
         fields.get(name)  # what these say, the shapes say too
     theta, eps = fields.number("rope_theta", 10_000.0), fields.number("norm_eps", 1e-5)
@@ -139,20 +145,19 @@ def config_from_params(folder: Path, files: MetaFiles) -> DecoderConfig:
         high_freq_factor=4.0,
         original_context=8192,
     )
-    context = fields.whole("max_seq_len", _context(scaled, theta, eps))
     config = DecoderConfig(
-        vocab_size=files.shape("tok_embeddings.weight")[0],
+        vocab_size=files.shape(_EMBEDDING)[0],
         hidden_size=width,
         num_layers=fields.whole("n_layers"),
         num_heads=heads,
         num_kv_heads=fields.whole("n_kv_heads", heads),
         head_size=fields.whole("head_dim", width // heads),
-        ffn_size=files.shape("layers.0.feed_forward.w1.weight")[0],
-        context=context,
+        ffn_size=files.shape(_GATE)[0],
+        context=fields.whole("max_seq_len", _context(scaled, theta, eps)),
         norm_eps=eps,
         rope_theta=theta,
         rope_scaling=scaling if scaled else None,
-        tied_embeddings="output.weight" not in present,
+        tied_embeddings=tied,
     )
     fields.finish()
     return config

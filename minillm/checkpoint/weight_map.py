@@ -48,11 +48,12 @@ class WeightMap:
     prefix: str
     dropped: tuple[str, ...] = ()
 
-    def match(self, keys: Iterable[str], parameters: Mapping[str, Tensor]) -> dict[str, Rule]:
+    def match(self, keys: Iterable[str], parameters: Mapping[str, Tensor], *, where: str) -> dict[str, Rule]:
         """Checkpoint key -> rule, in the order of `keys`, after the accounting.
 
         keys: the names in the checkpoint, with or without the body's prefix (`LlamaModel` saves without).
-        parameters: the model's, by name. Raises CheckpointError on any key or parameter left over.
+        parameters: the model's, by name. where: the folder, for errors. Raises CheckpointError on any key or parameter
+        left over.
         """
         keys = list(keys)
         bare = bool(keys) and not any(key.startswith(self.prefix) for key in keys)
@@ -61,11 +62,11 @@ class WeightMap:
         extra = [key for key in keys if key not in by_key and not self._drops(key)]
         missing = [key for key in by_key if key not in matched]
         if extra or missing:
-            raise CheckpointError(_account(missing, extra, by_key))
+            raise CheckpointError(f"{where}: {_account(missing, extra, by_key)}")
         filled = {name for rule in matched.values() for name in rule.ours}
         unfilled = sorted(set(parameters) - filled)
         if unfilled:
-            raise CheckpointError(f"no rule fills {_some(unfilled)}; the weight map does not fit the config")
+            raise CheckpointError(f"{where}: no rule fills {_some(unfilled)}; the weight map does not fit the config")
         return matched
 
     def _drops(self, key: str) -> bool:
@@ -79,8 +80,10 @@ def _account(missing: list[str], extra: list[str], known: Iterable[str]) -> str:
         parts.append(f"the checkpoint lacks {_some(missing)}{hint}")
     if extra:
         hint = nearest(extra[0], missing or known)
-        parts.append(f"it holds {_some(extra)}, which the config has no place for{hint}")
-    return "; ".join(parts) + "; config.json and the weights must come from the same model"
+        parts.append(
+            f"{'it' if missing else 'the checkpoint'} holds {_some(extra)}, which the config has no place for{hint}"
+        )
+    return "; ".join(parts) + "; config and weights must come from the same model"
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -208,7 +208,7 @@ BAD_WEIGHTS: dict[str, tuple[Spoil, str]] = {
     ),
     "extra": (
         lambda t: t.update({"model.layers.1.self_attn.k_proj.scale": torch.ones(1)}),
-        "FOLDER: the checkpoint holds model.layers.1.self_attn.k_proj.scale, which config.json has no place for",
+        "FOLDER: the checkpoint holds model.layers.1.self_attn.k_proj.scale, which the config has no place for",
     ),
     "misspelt": (
         lambda t: t.update({K_PROJ.replace("k_proj", "k_porj"): t.pop(K_PROJ)}),

@@ -66,13 +66,16 @@ def check_inverse(weight_map: WeightMap, config: DecoderConfig) -> None:
             assert torch.equal(part, parameters[ours]) and part.is_contiguous(), ours
 
 
-def test_parts_of_a_fused_weight_share_no_memory() -> None:
+@pytest.mark.parametrize("name", ["falcon 7b", "falcon 40b", "falcon rw"])
+def test_parts_of_a_fused_weight_share_no_memory(name: str) -> None:
     """Else training or freeing q would touch or keep k and v."""
-    fused = torch.zeros((4 + 2 * 2) * 4, 16)
-    q, k, v = falcon.split_qkv(fused, config=FALCON)
-    q += 1
-    assert not k.any() and not v.any() and not fused.any()
-    assert [part.untyped_storage().nbytes() for part in (q, k, v)] == [16 * 16 * 4, 8 * 16 * 4, 8 * 16 * 4]
+    config = CONFIGS[name]
+    fused = torch.zeros((config.num_heads + 2 * config.num_kv_heads) * config.head_size, 16)
+    parts = falcon.split_qkv(fused, config=config)
+    for part in parts:
+        assert part.untyped_storage().nbytes() == part.nbytes
+        part += 1
+    assert not fused.any() and all(bool((part == 1).all()) for part in parts)
 
 
 def test_falcon_rows_are_grouped_by_key_value_head() -> None:
@@ -112,7 +115,7 @@ def test_match_takes_a_body_without_its_prefix() -> None:
     ("keys", "message"),
     [
         (["body.a", "body.b"], "here: the checkpoint lacks head; "),
-        (["body.a", "body.b", "head", "old.x"], "here: the checkpoint holds old.x, which config.json has no place for"),
+        (["body.a", "body.b", "head", "old.x"], "here: the checkpoint holds old.x, which the config has no place for"),
         (["body.a", "body.bb", "head"], "lacks body.b (nearest: body.bb); it holds body.bb, "),
         ([], "here: the checkpoint lacks body.a, body.b, head; "),
     ],
