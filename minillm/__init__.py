@@ -1,10 +1,10 @@
 """minillm: the modern LLM stack, by hand and readable.
 
-    model, tokenizer = minillm.load("tiiuae/falcon-7b", dtype="bfloat16")            # id or folder
-    for piece in minillm.stream(model, tokenizer, "Write a poem about Valencia.", top_k=10, seed=0):
-        print(piece, end="", flush=True)
-    logits = model(tokens)                                                           # (B, T) -> (B, T, V)
-    minillm.save(model, "out/", tokenizer=tokenizer)                                 # a folder transformers loads
+model, tokenizer = minillm.load("tiiuae/falcon-7b", dtype="bfloat16")            # id or folder
+for piece in minillm.stream(model, tokenizer, "Write a poem about Valencia.", top_k=10, seed=0):
+    print(piece, end="", flush=True)
+logits = model(tokens)                                                           # (B, T) -> (B, T, V)
+minillm.save(model, "out/", tokenizer=tokenizer)                                 # a folder transformers loads
 """
 
 from minillm.checkpoint.load import load, load_model

@@ -27,7 +27,7 @@ from tyro.conf import (
     subcommand,
 )
 
-from minillm.checkpoint.load import as_dtype, load_model
+from minillm.checkpoint.load import load_model
 from minillm.checkpoint.resolve import resolve
 from minillm.data.tokenizer import Tokenizer
 from minillm.errors import InputError, MinillmError
@@ -74,7 +74,7 @@ class Loading(Checkpoint):
             task = progress.add_task("", total=None)
             model = load_model(
                 folder,
-                dtype=None if self.dtype == "auto" else as_dtype(self.dtype),
+                dtype=None if self.dtype == "auto" else self.dtype,
                 device=self.device,
                 allow_pickle=self.allow_pickle,
                 ignore=self.ignore,

@@ -8,16 +8,16 @@ cache         2 · layers · G · E numbers a token; full multi-head attention w
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
 from minillm.checkpoint import meta
 from minillm.checkpoint.families import read_config
+from minillm.checkpoint.load import without_memory
 from minillm.config import DecoderConfig
 from minillm.errors import CheckpointError
-from minillm.model import Decoder
 
 _FORMATS = {"float32": 4, "bfloat16, float16": 2}
 
@@ -51,10 +51,15 @@ def describe(folder: Path, name: str, allow_pickle: bool = False, ignore: Collec
 
 
 def count_parameters(config: DecoderConfig) -> tuple[int, int]:
-    """(all parameters, those of the embedding), counted on a model without memory."""
-    with torch.device("meta"):
-        model = Decoder(config)
-    return sum(parameter.numel() for parameter in model.parameters()), model.embed.weight.numel()
+    """(all parameters, those of the embedding): one layer is built without memory, and counts as many times as it must.
+
+    >>> count_parameters(DecoderConfig(vocab_size=9, hidden_size=8, num_layers=3, num_heads=2, num_kv_heads=1,
+    ...                                head_size=4, ffn_size=16, context=32, tied_embeddings=True))
+    (1856, 72)
+    """
+    model = without_memory(replace(config, num_layers=1))
+    block, whole = (sum(p.numel() for p in part.parameters()) for part in (model.blocks, model))
+    return whole + block * (config.num_layers - 1), model.embed.weight.numel()
 
 
 def _config(folder: Path, allow_pickle: bool, ignore: Collection[str]) -> DecoderConfig:

@@ -27,8 +27,9 @@ from minillm.checkpoint.shards import open_checkpoint
 from minillm.checkpoint.weight_map import Rule, WeightMap
 from minillm.config import DecoderConfig
 from minillm.data.tokenizer import Tokenizer
-from minillm.errors import CheckpointError, InputError
+from minillm.errors import CheckpointError
 from minillm.model import Decoder
+from minillm.placement import as_device, as_dtype
 
 Report = Callable[[int, int], None]  # (bytes read so far, bytes in all)
 
@@ -207,27 +208,3 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
         if defaults.get(name) is None and config.get(name) is not None:
             defaults[name] = config[name]
     return defaults
-
-
-def as_device(device: torch.device | str) -> torch.device:
-    """`torch.device` from a string; InputError where torch does not know it or this machine does not have it."""
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]:.80})") from error
-    return found
-
-
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """`torch.bfloat16` from `"bfloat16"`; None stays None, for the checkpoint's own.
-
-    >>> as_dtype("bfloat16")
-    torch.bfloat16
-    """
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    if dtype not in known:
-        raise InputError(f"dtype {dtype!r} is unknown; choose one of {', '.join(known)}")
-    return known[dtype]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from minillm.checkpoint.atomic import write_atomically
+from minillm.atomic import write_atomically
 from minillm.checkpoint.families import family_of
 from minillm.checkpoint.shards import save_checkpoint
 from minillm.errors import CheckpointError

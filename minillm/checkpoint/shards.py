@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from minillm.checkpoint.atomic import atomic_file, flush_to_disk
+from minillm.atomic import atomic_file, flush_to_disk
 from minillm.checkpoint.index import PICKLE, SAFETENSORS, WeightFormat, confined, formats, read_index
 from minillm.checkpoint.safetensors_header import ShapeAndDtype, count_bytes, write_header
 from minillm.checkpoint.tensor_file import PickleFile, SafetensorsFile, TensorFile, as_bytes

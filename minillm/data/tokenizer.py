@@ -19,8 +19,6 @@ without that (a bare tokenizer.model) the model's own BOS, as the reference code
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from typing import Any
 from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Pipeline
 
+from minillm.atomic import write_atomically
 from minillm.data import chat, sentencepiece_model, tiktoken_model
 from minillm.data.tokenizer_config import TokenizerConfig
 from minillm.errors import InputError, TokenizerError
@@ -198,12 +197,12 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
         }
-        _write(folder / "tokenizer.json", self._pipeline.to_str(pretty=True))
-        _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(folder / "tokenizer.json", self._pipeline.to_str(pretty=True))
+        write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         if self.chat_template is None:
             (folder / "chat_template.jinja").unlink(missing_ok=True)
         else:
-            _write(folder / "chat_template.jinja", self.chat_template)
+            write_atomically(folder / "chat_template.jinja", self.chat_template)
 
     def _ids(self, text: str) -> list[int]:
         try:
@@ -294,18 +293,3 @@ def _byte_ids(pipeline: Pipeline) -> frozenset[int]:
         return frozenset()
     ids = (pipeline.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
     return frozenset(i for i in ids if i is not None)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write to a temporary name, flush to disk, rename: a reader never sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp made it readable by its owner only
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm.checkpoint.atomic import atomic_file, write_atomically
+from minillm.atomic import atomic_file, write_atomically
 
 
 def test_text_and_bytes_replace_what_was_there(tmp_path: Path) -> None:
