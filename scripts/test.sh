@@ -5,8 +5,8 @@
 #   bash scripts/test.sh -m slow             the slow rest
 #   bash scripts/test.sh tests/parity -k rw  some of it
 set -euo pipefail
-cd "$(dirname "$0")/.."
-
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
+
 make_venv test
 exec .venv/bin/python -m pytest "$@"

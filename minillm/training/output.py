@@ -1,0 +1,70 @@
+"""The folder that a run writes to, and whether a run may.
+
+    config.json          a finished model lies here (`minillm.save` writes it last)
+    state.safetensors    an unfinished run lies here
+
+A run never touches an earlier one unless it is told to continue it or to start anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minillm.checkpoint.load import load_model
+from minillm.checkpoint.save import save
+from minillm.data.tokenizer import Tokenizer
+from minillm.errors import CheckpointError, InputError
+from minillm.model import Decoder
+
+FINISHED = "config.json"
+STATE = "state.safetensors"
+
+#: Fields that may differ between a run and its continuation: they change where it goes, not what it computes.
+_FREE = ("output", "resume", "overwrite")
+
+
+def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make `folder` ready for a run. Raises InputError where it holds one that neither flag says what to do with."""
+    finished, state = folder / FINISHED, folder / STATE
+    if resume and not state.is_file():
+        reason = "a finished run" if finished.is_file() else "no unfinished run"
+        raise InputError(f"{folder}: holds {reason}, so there is nothing to resume; leave --resume out")
+    if not (resume or overwrite) and state.is_file():
+        raise InputError(f"{folder}: holds an unfinished run; give --resume to go on, --overwrite to start anew")
+    if not (resume or overwrite) and finished.is_file():
+        raise InputError(f"{folder}: holds a finished run; give --overwrite to start anew, or another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            finished.unlink(missing_ok=True)
+            state.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); give another --output") from error
+
+
+def comparable(recipe: Any, *, free: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of a recipe (a dataclass) that a continued run must share, as JSON holds them."""
+    fields = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in {*_FREE, *free}}
+    return dict(json.loads(json.dumps(fields, default=str)))
+
+
+def check_same(now: dict[str, Any], then: dict[str, Any]) -> None:
+    """Raise InputError, naming the first field in which a continued run differs from its beginning."""
+    for name, value in now.items():
+        if value != then.get(name):
+            raise InputError(f"--resume: {name} is {value}, the run began with {then.get(name)}; give that again")
+
+
+@torch.inference_mode()
+def save_checked(model: Decoder, folder: Path, *, tokenizer: Tokenizer, tokens: Tensor) -> None:
+    """Save; raises CheckpointError unless what is loaded back gives the same logits for tokens (B, T), bit for bit."""
+    save(model, folder, tokenizer=tokenizer)
+    if not torch.equal(load_model(folder)(tokens), model.eval()(tokens)):
+        raise CheckpointError(f"{folder}: the model loaded back gives other logits than the one saved; check the disk")

@@ -1,0 +1,92 @@
+"""Everything a run needs to go on as if it had never stopped, in one safetensors file.
+
+    model.<name>                   every parameter
+    optimizer.<name>.<moment>      what the optimizer keeps for it: exp_avg, exp_avg_sq, step
+    random                         torch's global random state (dropout, sampling)
+    metadata "progress"            JSON: step, seconds, history, recipe ... whatever the caller hands over
+
+One file, because one rename is atomic and two are not: killed at any moment, a run leaves the old state or the new one.
+No pickle: reading a state runs nothing. The order of the data needs no state: it is a function of the step
+(`minillm.data.corpus.Windows`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from minillm.atomic import atomic_file
+from minillm.checkpoint.safetensors_header import write_header
+from minillm.checkpoint.tensor_file import as_bytes
+from minillm.errors import CheckpointError
+
+
+def save_state(
+    path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
+) -> None:
+    """Write model, optimizer, random state and `progress` (anything JSON holds) to `path`, atomically."""
+    tensors = _tensors(model, optimizer)
+    header, order = write_header(tensors, {"progress": json.dumps(progress)})
+    try:
+        with atomic_file(path) as file:
+            file.write(header)
+            for name in order:
+                file.write(as_bytes(tensors[name].detach().cpu().contiguous()))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror}); free space or choose another") from error
+
+
+def read_progress(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `save_state` was given as `progress`; reads the header only, so that a recipe is compared before loading."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads(file.metadata()["progress"]))
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: is no training state ({error}); start the run anew") from error
+
+
+@torch.no_grad()
+def load_state(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Fill model, optimizer and torch's random state from `path`, bit for bit; returns `progress`.
+
+    Raises CheckpointError for a file that is damaged, or whose parameters are not those of this model; nothing is
+    changed then.
+    """
+    progress = read_progress(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping, has only keys())
+    parameters = dict(model.named_parameters())
+    _check_same(Path(path), tensors, parameters)
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[f"model.{name}"])
+        prefix = f"optimizer.{name}."
+        moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if moments:
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+    torch.set_rng_state(tensors["random"])
+    return progress
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {"random": torch.get_rng_state()}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def _check_same(path: Path, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
+    expected = {f"model.{name}": tuple(parameter.shape) for name, parameter in parameters.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("model.")}
+    if expected != found:
+        odd = min(name for name, shape in (expected.items() ^ found.items()))
+        raise CheckpointError(
+            f"{path}: {odd} has shape {found.get(odd)}, the model {expected.get(odd)}; resume with the same recipe"
+        )
