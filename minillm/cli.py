@@ -6,6 +6,7 @@ input's fault prints one line and exits with status 2; `--debug` shows where it 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
+import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -64,6 +66,8 @@ class Loading(Checkpoint):
     """Number format of the weights; auto keeps the checkpoint's own."""
     device: str = "cpu"
     """Where to run: cpu, cuda, cuda:1."""
+    without: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """A field of generation_config.json to do without, where minillm refuses what it asks for."""
 
     def load(self) -> tuple[Decoder, Tokenizer]:
         """Model and tokenizer, with a progress bar while weights are read."""
@@ -80,6 +84,7 @@ class Loading(Checkpoint):
                 ignore=self.ignore,
                 report=lambda done, total: progress.update(task, completed=done, total=total),
             )
+        model.generation_defaults = {k: v for k, v in model.generation_defaults.items() if k not in self.without}
         return model, tokenizer
 
 
@@ -149,7 +154,7 @@ class Generate(Loading):
         if self.num_return_sequences == 1:
             answer = Completion()
             if sys.stdout.isatty():
-                Console(highlight=False).print(prompt, style="dim", end="", markup=False)
+                print(f"\x1b[2m{prompt}\x1b[0m", end="", flush=True)
             _show(stream(model, tokenizer, prompt, answer=answer, **options))
             answers = [answer]
         else:
@@ -176,9 +181,10 @@ class Chat(Loading):
         options = self.choices.options()
         model, tokenizer = self.load()
         if self.chat_template is not None:
-            if not self.chat_template.is_file():
-                raise InputError(f"{self.chat_template}: no such file; --chat-template wants a Jinja file")
-            tokenizer.chat_template = self.chat_template.read_text(encoding="utf-8")
+            try:
+                tokenizer.chat_template = self.chat_template.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{self.chat_template}: not a readable UTF-8 file ({error})") from error
         opening = [{"role": "system", "content": self.system}] if self.system else []
         tokenizer.chat([*opening, {"role": "user", "content": ""}])  # no template: say so before the first question
         session, messages = Session(model, tokenizer), list(opening)
@@ -186,8 +192,11 @@ class Chat(Loading):
             if said == "/reset":
                 messages = list(opening)
                 continue
-            messages.append({"role": "user", "content": said})
-            messages.append({"role": "assistant", "content": _turn(session, tokenizer, messages, options)})
+            asked = [*messages, {"role": "user", "content": said}]
+            try:
+                messages = [*asked, {"role": "assistant", "content": _turn(session, tokenizer, asked, options)}]
+            except MinillmError as error:  # the conversation outgrew the context: this turn is dropped, not all of it
+                _say(f"{error}; /reset starts anew", style="red")
 
 
 def _turn(session: Session, tokenizer: Tokenizer, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
@@ -211,7 +220,7 @@ def _questions() -> Iterator[str]:
         if said in ("/exit", "/quit"):
             return
         if said.startswith("/") and said != "/reset":
-            _NOTES.print("commands: /reset forgets the conversation, /exit leaves", style="dim")
+            _say("commands: /reset forgets the conversation, /exit leaves", style="dim")
         elif said:
             yield said
 
@@ -242,7 +251,11 @@ def _without_leading_space(pieces: Iterator[str]) -> Iterator[str]:
 def _remark(answers: Sequence[Completion], seconds: float) -> None:
     tokens = sum(len(answer.tokens) for answer in answers)
     reasons = ", ".join(sorted({answer.finish_reason for answer in answers}))
-    _NOTES.print(f"[{tokens} tokens, {tokens / seconds:.1f} a second with the prompt, ended by {reasons}]", style="dim")
+    _say(f"[{tokens} tokens, {tokens / seconds:.1f} a second with the prompt, ended by {reasons}]", style="dim")
+
+
+def _say(text: str, *, style: str) -> None:
+    _NOTES.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
 
 
 Command = Union[  # noqa: UP007  # `|` cannot join Annotated on Python 3.10
@@ -256,12 +269,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C, 141 for a closed pipe."""
     style = (FlagCreatePairsOff, PositionalMetavarFromFieldName, DisallowNone)
     command: Any = tyro.cli(Command, prog="minillm", description=_DESCRIPTION, args=arguments, config=style)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     try:
         command.run()
     except MinillmError as error:
         if command.debug:
             raise
-        _NOTES.print(f"minillm: {error}", style="red", markup=False, soft_wrap=True)
+        _say(f"minillm: {error}", style="red")
+        return 2
+    except torch.OutOfMemoryError as error:
+        _say(f"minillm: {str(error).splitlines()[0]}; try --dtype bfloat16 or a smaller --max-new-tokens", style="red")
         return 2
     except KeyboardInterrupt:
         print()

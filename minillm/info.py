@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from minillm.checkpoint import meta
 from minillm.checkpoint.families import read_config
@@ -26,7 +27,7 @@ def describe(folder: Path, name: str, allow_pickle: bool = False, ignore: Collec
     """A table for people: shape, parameters, memory by number format, cache."""
     config = _config(folder, allow_pickle, ignore)
     total, embedding = count_parameters(config)
-    table = Table(title=name, show_header=False, title_justify="left", title_style="bold")
+    table = Table(title=Text(name), show_header=False, title_justify="left", title_style="bold")
     table.add_column(style="cyan")
     table.add_column()
     table.add_row("family", config.family)

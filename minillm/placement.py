@@ -6,7 +6,8 @@ import torch
 
 from minillm.errors import InputError, nearest
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+#: The number formats that weights may have.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -17,16 +18,16 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    if dtype not in _DTYPES:
-        raise InputError(f"dtype {dtype!r} is unknown{nearest(dtype, _DTYPES)}; choose one of {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown{nearest(dtype, DTYPES)}; choose one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def as_device(device: torch.device | str) -> torch.device:
     """`torch.device` from a string; InputError where torch does not know it or this machine does not have it."""
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.zeros(1, device=found).item()  # "meta" is a device without numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {str(device)!r} cannot be used here ({reason:.80}); choose cpu or another") from error

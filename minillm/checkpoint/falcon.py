@@ -130,6 +130,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     grouped = two_norms or config.num_kv_heads not in (1, config.num_heads)
     if (config.norm, config.mlp) != ("layer", "plain") or config.hidden_size != config.num_heads * config.head_size:
         raise ConfigError("this model is no Falcon (LayerNorm, plain MLP, H * E = D); set family to the format it has")
+    if config.rotary_dim != config.head_size or config.separate_bias != config.attention_bias:
+        raise ConfigError("a Falcon turns whole heads and rounds before it adds a bias; this model does not")
     if config.attention_bias != config.mlp_bias or (grouped and config.block == "sequential"):
         raise ConfigError("no Falcon has biases in one place only, or grouped heads in sequential blocks")
     written: dict[str, Any] = {

@@ -29,7 +29,7 @@ from minillm.config import DecoderConfig
 from minillm.data.tokenizer import Tokenizer
 from minillm.errors import CheckpointError
 from minillm.model import Decoder
-from minillm.placement import as_device, as_dtype
+from minillm.placement import DTYPES, as_device, as_dtype
 
 Report = Callable[[int, int], None]  # (bytes read so far, bytes in all)
 
@@ -68,10 +68,11 @@ def load_model(
 ) -> Decoder:
     """A Hugging Face id or folder, or a folder in Meta's format -> the model, in eval mode.
 
-    dtype: of the parameters; None keeps the checkpoint's own. allow_pickle: also read `.bin` and `.pth` files, with
-    torch's restricted unpickler; safetensors need no trust. ignore: config fields known to leave the maths alone.
-    report: called with (bytes read, bytes in all) after each tensor. Raises CheckpointError or ConfigError, naming
-    file, tensor or field.
+    dtype: of all parameters; None is the checkpoint's own, the one that config.json names.
+    allow_pickle: also read `.bin` and `.pth` files, with torch's restricted unpickler; safetensors need no trust.
+    ignore: config fields known to leave the maths alone.
+    report: called with (bytes read, bytes in all) after each tensor.
+    Raises CheckpointError or ConfigError, naming file, tensor or field.
     """
     wanted, device = as_dtype(dtype), as_device(device)
     folder = resolve(name_or_folder, revision=revision, allow_pickle=allow_pickle)
@@ -80,7 +81,8 @@ def load_model(
         _check_sizes(config, files, folder)
         config = _untie_if_different(config, files, weight_map_of(config))
         model = without_memory(config)
-        fill(model, files, weight_map_of(config), where=str(folder), dtype=wanted, device=device, report=report)
+        dtype = wanted or _own_dtype(folder, files, weight_map_of(config))
+        fill(model, files, weight_map_of(config), where=str(folder), dtype=dtype, device=device, report=report)
     finally:
         files.close()
     model.generation_defaults = defaults
@@ -197,6 +199,18 @@ def _untie_if_different(config: DecoderConfig, files: Tensors, weight_map: Weigh
         return config
     equal = torch.equal(files.read(head), files.read(embedding))
     return config if equal else replace(config, tied_embeddings=False)
+
+
+def _own_dtype(folder: Path, files: Tensors, weight_map: WeightMap) -> torch.dtype | None:
+    """One dtype for all parameters, as transformers has it: config.json's, else the embedding's."""
+    path = folder / "config.json"
+    raw = read_json(path) if path.is_file() else {}
+    named = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
+    if named in DTYPES:
+        return DTYPES[named]
+    embedding = next(rule.theirs for rule in weight_map.rules if rule.ours == ("embed.weight",))
+    keys = {embedding, embedding.removeprefix(weight_map.prefix)} & set(files.keys())
+    return files.dtype(keys.pop()) if keys else None
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:

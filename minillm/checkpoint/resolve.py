@@ -51,7 +51,7 @@ def resolve(
     Raises `CheckpointError` for a folder that does not exist, an id that the hub does not have or does not give, no
     network and nothing in the cache, and a repository with nothing but pickled weights without allow_pickle.
     """
-    folder = Path(name_or_folder).expanduser()
+    folder = Path(os.path.expanduser(name_or_folder))  # leaves ~nobody as it is, where Path.expanduser raises
     if name_or_folder and os.path.isdir(folder):
         if revision is not None:
             raise CheckpointError(f"{folder}: is a folder, which has no revision {revision!r}; leave revision out")

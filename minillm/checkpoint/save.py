@@ -5,7 +5,8 @@
     generation_config.json   what the model came with, if anything
     tokenizer files          if a tokenizer is given
 
-Every file appears whole or not at all; config.json comes last, so that a folder that has one is complete.
+Every file appears whole or not at all, and config.json after the weights it describes: a folder that has one is whole.
+What an earlier model left in the folder and this one does not have is removed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from minillm.atomic import write_atomically
 from minillm.checkpoint.families import family_of
 from minillm.checkpoint.shards import save_checkpoint
 from minillm.errors import CheckpointError
@@ -54,14 +54,17 @@ def save(
     def described(key: str) -> Tensor:
         return rules[key].join([parameters[name].detach().to("meta") for name in rules[key].ours])
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if tokenizer is not None:
-        tokenizer.save(folder)
-    _write_json(folder / "generation_config.json", dict(model.generation_defaults))
-    save_checkpoint({key: described(key) for key in rules}, joined, folder, max_shard_bytes=max_shard_bytes)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     ids = {name: model.generation_defaults.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(folder / "config.json", config | {"torch_dtype": dtype} | ids)
+    beside = {"config.json": _json(config | {"torch_dtype": dtype} | ids)}
+    if model.generation_defaults:
+        beside["generation_config.json"] = _json(dict(model.generation_defaults))
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    layout = {key: described(key) for key in rules}
+    save_checkpoint(layout, joined, folder, max_shard_bytes=max_shard_bytes, beside=beside)
+    if not model.generation_defaults:
+        (folder / "generation_config.json").unlink(missing_ok=True)
 
 
 def _check_complete(parameters: dict[str, nn.Parameter], known: set[str]) -> None:
@@ -72,6 +75,5 @@ def _check_complete(parameters: dict[str, nn.Parameter], known: set[str]) -> Non
         )
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    if content:
-        write_atomically(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"

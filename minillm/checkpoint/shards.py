@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -152,26 +153,32 @@ def save_checkpoint(
     folder: str | os.PathLike[str],
     *,
     max_shard_bytes: int = 5 * 10**9,
-    metadata: Mapping[str, str] | None = None,
+    beside: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write tensors as `model.safetensors`, or as numbered shards and their index where one file would be too large.
 
-    layout: name -> anything with a shape and a dtype (meta tensors will do); produce: name -> that tensor, on any
-    device, asked for when its turn comes, so that one tensor at a time is in memory. metadata: strings for the header,
-    `{"format": "pt"}` where None (transformers wants it). Names, split and bytes are those of transformers and the
-    safetensors library; tensors are filled into shards in the order of `layout`, a larger one gets a shard to itself.
+    layout: name -> anything with a shape and a dtype (meta tensors will do).
+    produce: name -> that tensor, on any device, asked for when its turn comes: one at a time is in memory.
+    beside: name -> text of small files that belong to these weights (config.json).
+    Names, split and bytes are those of transformers and the safetensors library; tensors are filled into shards in the
+    order of `layout`, a larger one gets a shard to itself.
 
-    Everything is written and on the disk under temporary names before the first file appears; the index appears last,
-    and only then are files of an earlier save removed that do not belong to this one. On any exception nothing stays.
+    Everything is written and on the disk under temporary names before the first file appears. Then older files of
+    `beside` go, the shards appear, the index, and last those of `beside`: stopped in between, the folder lacks its
+    config.json rather than mixing two models. On any exception nothing new stays.
     Raises `CheckpointError` for a dtype the format lacks and for a disk that does not take it, ValueError for a tensor
     that is not what `layout` promised.
     """
-    folder, metadata = Path(folder), {"format": "pt"} if metadata is None else metadata
+    folder = Path(folder)
     shards = _split(layout, max_shard_bytes)
-    headers = {name: write_header({key: layout[key] for key in keys}, metadata) for name, keys in shards.items()}
+    headers = {
+        name: write_header({key: layout[key] for key in keys}, {"format": "pt"}) for name, keys in shards.items()
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as unnamed:  # unwinds in reverse: the index, entered first, is renamed last
+        with contextlib.ExitStack() as unnamed:  # unwinds in reverse: what is entered first is renamed last
+            for name, text in beside.items():
+                unnamed.enter_context(atomic_file(folder / name)).write(text.encode())
             if len(shards) > 1:
                 index = unnamed.enter_context(atomic_file(folder / SAFETENSORS.index))
                 index.write(_index_text(layout, shards).encode())
@@ -181,6 +188,8 @@ def save_checkpoint(
                 for key in order:
                     file.write(_bytes_of(key, produce(key), layout[key]))
                 flush_to_disk(file)
+            for name in beside:
+                (folder / name).unlink(missing_ok=True)
         _remove_stale(folder, {*shards, *([SAFETENSORS.index] if len(shards) > 1 else [])})
     except OSError as error:
         raise CheckpointError(

@@ -44,9 +44,9 @@ NODE = 32  # bytes that any object costs; it also bounds the time that weighing 
 REFUSED_METHODS = frozenset(
     "center decode encode expandtabs format_map from_bytes ljust rjust to_bytes translate zfill".split()
 )
-BACKWARD_SEARCHES = frozenset("rfind rindex rpartition rsplit".split())  # quadratic in CPython
+PRODUCT_METHODS = frozenset("lstrip rfind rindex rpartition rsplit rstrip strip".split())  # receiver times argument
 DROPPED_FILTERS = "batch center lipsum pprint random slice striptags sum urlize wordwrap xmlattr".split()
-NARROW_FILTERS = frozenset("indent round truncate".split())  # their arguments are widths
+NARROW_FILTERS = frozenset("indent round trim truncate".split())  # their arguments are widths
 _WIDE_SPEC = re.compile(r"%[^%a-zA-Z]*(\*|\d{4})|:[^{}]*(\{|\d{4})")
 
 _made: ContextVar[list[int]] = ContextVar("characters made by this rendering")
@@ -195,6 +195,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         # jinja2's own spelling: a template may pass a keyword named `self`
         method = getattr(__obj, "__wrapped__", __obj)
         receiver, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        refuse_if(name == "fromkeys", "`fromkeys`")  # equal hashes make a dict quadratic, inside one call
         if isinstance(receiver, (str, bytes, int)):
             if name == "join":
                 args = tuple(list(items) for items in args)  # a generator can be looked at only once
@@ -240,8 +241,8 @@ def check_method(receiver: str | bytes | int, name: str, args: Sequence[Any]) ->
     refuse_if(name in REFUSED_METHODS, f"the method `{name}`")
     if isinstance(receiver, int):
         return
-    if name in BACKWARD_SEARCHES and args:
-        refuse_if(weight(args[0]) > MAX_NARROW, f"a `{name}` for something this long")
+    if name in PRODUCT_METHODS and args:
+        refuse_if(weight(args[0]) > MAX_NARROW, f"a `{name}` with something this long")
     elif name == "replace" and len(args) >= 2:
         places = len(receiver) // max(1, len(args[0])) + 1
         refuse_if(places * len(args[1]) > MAX_VALUE, "a `replace` that makes this much")

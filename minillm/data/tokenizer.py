@@ -31,6 +31,9 @@ from minillm.data import chat, sentencepiece_model, tiktoken_model
 from minillm.data.tokenizer_config import TokenizerConfig
 from minillm.errors import InputError, TokenizerError
 
+#: Files that another tokenizer may have left beside tokenizer.json, and that `load` would read with it.
+_OTHER_FILES = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
+
 
 class Tokenizer:
     """One vocabulary with its special tokens and chat template. Build it with `load` or `from_tokenizers`.
@@ -187,9 +190,18 @@ class Tokenizer:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, as `AutoTokenizer` reads them.
 
         The class is stated as `PreTrainedTokenizerFast`, which uses the pipeline as written. Each file appears whole or
-        not at all; an older chat_template.jinja goes where there is no template now.
+        not at all; what another tokenizer left in the folder goes, since it would be read beside this one.
+        Raises `TokenizerError` where the folder cannot be written.
         """
         folder = Path(folder)
+        try:
+            self._write(folder)
+        except OSError as error:
+            raise TokenizerError(
+                f"{folder}: cannot be written ({error.strerror}): free space or choose another"
+            ) from error
+
+    def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -199,10 +211,10 @@ class Tokenizer:
         }
         write_atomically(folder / "tokenizer.json", self._pipeline.to_str(pretty=True))
         write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        if self.chat_template is None:
-            (folder / "chat_template.jinja").unlink(missing_ok=True)
-        else:
+        if self.chat_template is not None:
             write_atomically(folder / "chat_template.jinja", self.chat_template)
+        for name in _OTHER_FILES + (("chat_template.jinja",) if self.chat_template is None else ()):
+            (folder / name).unlink(missing_ok=True)
 
     def _ids(self, text: str) -> list[int]:
         try:

@@ -45,7 +45,7 @@ class TokenizerConfig:
         config = _json_object(path)
         fallback = _json_object(folder / "special_tokens_map.json")
         tokens = {name: config.get(name) or fallback.get(name) for name in NAMES}
-        extra = [token for key in EXTRA for token in _listed(config.get(key) or fallback.get(key) or [])]
+        extra = [token for key in EXTRA for token in _listed(config.get(key) or fallback.get(key) or [], path)]
         special = [_token(value, path) for value in [*tokens.values(), *extra] if value]
         return cls(
             named={name: _token(value, path).content for name, value in tokens.items() if value},
@@ -70,8 +70,10 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _listed(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else list(value)
+def _listed(value: Any, path: Path) -> list[Any]:
+    if not isinstance(value, dict | list):
+        raise TokenizerError(f"{path}: {value!r:.80} is no list of special tokens: mend it")
+    return list(value.values()) if isinstance(value, dict) else value
 
 
 def _token(value: Any, path: Path) -> AddedToken:

@@ -6,7 +6,7 @@
     prompts ─left pad─▶ prefill ─▶ logits ─process, choose─▶ tokens ─▶ decode_step ─▶ logits ─▶ ...
 
 Prompts of unequal length are padded on the left, so that all rows end at the same slot; positions count real tokens
-only, hence each row gets what it would get alone. A row that has finished goes on unheard until the last one has.
+only, hence each row gets what it would get alone. A row that has finished leaves the batch.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class Completion:
 
 
 class Step(NamedTuple):
-    """What one step gives every row, finished ones included."""
+    """What one step gives the rows that are still written: their numbers, a token and its log-probability each."""
 
+    rows: list[int]
     tokens: list[int]
     logprobs: list[float]
 
@@ -71,9 +72,9 @@ def left_pad(prompts: Sequence[Sequence[int]], device: torch.device | str = "cpu
     [[5, 6], [0, 7]]
     """
     longest = max(len(prompt) for prompt in prompts)
-    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    keep = torch.arange(longest) >= torch.tensor([[longest - len(prompt)] for prompt in prompts])
-    return tokens.to(device), keep.to(device)
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    pads = torch.tensor([[longest - len(prompt)] for prompt in prompts], device=device)
+    return tokens, torch.arange(longest, device=device) >= pads
 
 
 def token_steps(
@@ -83,10 +84,12 @@ def token_steps(
     steps: int,
     *,
     cache: KVCache | None = None,
+    live: list[bool] | None = None,
 ) -> Iterator[Step]:
     """Up to `steps` tokens for every row, as they are chosen; stop iterating to stop computing.
 
-    cache: one that already holds the beginning of a single prompt, which is then not computed again.
+    cache: one that already holds the beginning of a single prompt, which is then not computed again. live: one flag a
+    row, read after each step; a row whose flag the caller has cleared leaves the batch and is computed no further.
     """
     if model.config.head != "lm":
         raise InputError("the model has a scalar head: it scores text and writes none; load a language model")
@@ -95,13 +98,20 @@ def token_steps(
         cache = model.new_cache(len(prompts), tokens.shape[1] + steps)
     generators = row_generators(sampling.seed, len(prompts)) if sampling.do_sample else None
     logits = prefill(model, tokens[:, cache.length :], None if bool(keep.all()) else keep, cache)
+    rows = list(range(len(prompts)))
     for step in range(steps):
         chosen, logprobs = _pick(logits, (tokens, keep), sampling, generators, step)
-        yield Step(chosen.tolist(), logprobs.tolist())
-        if step + 1 < steps:
-            tokens = torch.cat((tokens, chosen[:, None]), dim=1)
-            keep = torch.cat((keep, torch.ones_like(chosen, dtype=torch.bool)[:, None]), dim=1)
-            logits = decode_step(model, chosen, cache)
+        yield Step(rows, chosen.tolist(), logprobs.tolist())
+        if step + 1 == steps or not any(live or [True]):
+            return
+        tokens = torch.cat((tokens, chosen[:, None]), dim=1)
+        keep = torch.cat((keep, torch.ones_like(chosen, dtype=torch.bool)[:, None]), dim=1)
+        if live is not None and not all(live[row] for row in rows):
+            stay = [place for place, row in enumerate(rows) if live[row]]
+            rows, generators = [rows[place] for place in stay], generators and [generators[place] for place in stay]
+            tokens, keep = tokens[stay], keep[stay]
+            cache.select(stay)
+        logits = decode_step(model, tokens[:, -1], cache)
 
 
 @torch.inference_mode()
@@ -112,6 +122,7 @@ def _pick(
     generators: Sequence[torch.Generator] | None,
     step: int,
 ) -> tuple[Tensor, Tensor]:
+    logits = logits.float()
     processed = process(logits, *history, sampling=sampling, step=step)
     chosen = choose(processed, None if generators is None else uniforms(generators), step=step)
     return chosen, token_logprobs(logits, chosen)
@@ -131,6 +142,7 @@ class _Row:
         self.completion = Completion() if completion is None else completion
         self.done = False
         self._limit, self._eos = limit, frozenset(sampling.eos_ids)
+        self._stop_ids = _special_ids(tokenizer, sampling.stop)
         self._decoder = None if tokenizer is None else StreamDecoder(tokenizer, prompt=prompt)
         self._stop = StopStrings(sampling.stop)
 
@@ -139,20 +151,26 @@ class _Row:
         answer = self.completion
         answer.tokens.append(token)
         answer.logprobs.append(logprob)
-        ended = token in self._eos
-        piece = "" if ended or self._decoder is None else self._decoder.push(token)
-        full = len(answer.tokens) >= self._limit
-        if (ended or full) and self._decoder is not None:
+        ended, stopped = token in self._eos, token in self._stop_ids
+        piece = "" if ended or stopped or self._decoder is None else self._decoder.push(token)
+        last = ended or stopped or len(answer.tokens) >= self._limit
+        if last and self._decoder is not None:
             piece += self._decoder.finish()
         text = self._stop.push(piece)
-        if self._stop.found:
-            answer.finish_reason = "stop"
-        elif ended or full:
-            answer.finish_reason = "eos" if ended else "length"
+        if last and not self._stop.found:
             text += self._stop.finish()
-        self.done = self._stop.found or ended or full
+        if last or self._stop.found:
+            self.done = True
+            answer.finish_reason = "stop" if stopped or self._stop.found else "eos" if ended else "length"
         answer.text += text
         return text
+
+
+def _special_ids(tokenizer: Tokenizer | None, stop: Sequence[str]) -> set[int]:
+    """Ids of stop strings that are a special token: it prints nothing, so the text never shows it."""
+    if tokenizer is None or not stop:
+        return set()
+    return {token for token in tokenizer.special_ids if tokenizer.token(token) in stop}
 
 
 def generate(
@@ -168,7 +186,8 @@ def generate(
     prompts: text, or token ids (as `tokenizer.chat` gives them, or an int64 tensor; tokenizer may then be None and the
     text stays empty).
     options: the fields of `Sampling`; what is not given comes from the checkpoint's generation_config.json. Row r draws
-    from a random stream of its own, seeded with seed + r, so that its text does not depend on the rows beside it.
+    from a random stream of its own, seeded with seed + r, so that its text does not depend on the rows beside it (but
+    for dynamic and longrope scaling, whose frequencies follow the longest row: `minillm.model.rope`).
 
     An answer ends at an end-of-text token, a stop string, `max_new_tokens`, `max_length` (prompt included), or the
     model's longest context; a checkpoint without an end-of-text token goes on to one of the others. Raises InputError
@@ -181,12 +200,11 @@ def generate(
     ids = [_prompt_ids(model, tokenizer, prompt) for prompt in listed for _ in range(num_return_sequences)]
     limits = [answer_limit(len(prompt), sampling, model.config.longest) for prompt in ids]
     rows = [_Row(prompt, tokenizer, sampling, limit) for prompt, limit in zip(ids, limits, strict=True)]
-    for step in token_steps(model, ids, sampling, max(limits)):
-        for row, token, logprob in zip(rows, step.tokens, step.logprobs, strict=True):
-            if not row.done:
-                row.push(token, logprob)
-        if all(row.done for row in rows):
-            break
+    live = [True] * len(rows)
+    for step in token_steps(model, ids, sampling, max(limits), live=live):
+        for number, token, logprob in zip(*step, strict=True):
+            rows[number].push(token, logprob)
+            live[number] = not rows[number].done
     return [row.completion for row in rows]
 
 

@@ -156,13 +156,13 @@ def row_generators(seed: int | None, rows: int) -> list[torch.Generator]:
     >>> [generator.initial_seed() for generator in row_generators(7, 3)]
     [7, 8, 9]
     """
-    first = int(torch.randint(_SEEDS, ())) if seed is None else seed
-    return [torch.Generator().manual_seed((first + row) % _SEEDS) for row in range(rows)]
+    first = int(torch.randint(_SEEDS, (), device="cpu")) if seed is None else seed
+    return [torch.Generator("cpu").manual_seed((first + row) % _SEEDS) for row in range(rows)]
 
 
 def uniforms(generators: Sequence[torch.Generator]) -> Tensor:
     """The next number of each row's stream, in [0, 1): (B,) float64 on the CPU."""
-    return torch.stack([torch.rand((), generator=row, dtype=torch.float64) for row in generators])
+    return torch.stack([torch.rand((), generator=row, dtype=torch.float64, device="cpu") for row in generators])
 
 
 def choose(processed: Tensor, draws: Tensor | None, *, step: int) -> Tensor:

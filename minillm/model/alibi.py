@@ -30,7 +30,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
     slopes += [2 ** (-4 * h / power) for h in range(1, 2 * (num_heads - power) + 1, 2)]
-    return torch.tensor(slopes, dtype=torch.float32)
+    return torch.tensor(slopes, dtype=torch.float32, device="cpu")
 
 
 def alibi_bias(positions: Tensor, num_heads: int, head_size: int, dtype: torch.dtype) -> Tensor:

@@ -71,6 +71,15 @@ class KVCache:
                 store[layer][:, :, : self.length] = old[:, :, : self.length]
         self.capacity = capacity
 
+    def select(self, rows: list[int]) -> None:
+        """Keep only these rows of the batch, in this order."""
+        for store in (self.keys, self.values):
+            for layer, old in enumerate(store):
+                store[layer] = old.new_empty(len(rows), *old.shape[1:])
+                store[layer][:, :, : self.length] = old[rows, :, : self.length]
+        if self._keep is not None:
+            self._keep = self._keep[rows]
+
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` slots: a rejected draft, or an edited conversation."""
         if not 0 <= length <= self.length:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.oracle
 
 Pairs = Callable[[str], Pair]
+TWO = ("llama_eps", "llama_mha")  # different config, same names and shapes
 SHARDED = ("llama_gqa_8_2", "llama_tied", "mistral", "falcon_7b", "falcon_40b_bias", "falcon_rw")
 
 
@@ -180,3 +182,47 @@ def test_what_we_write_is_plain(pair: Pairs, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "config.json").read_text())
     known = transformers.LlamaConfig().to_dict().keys() | {"torch_dtype", "rope_theta", "rope_scaling"}
     assert written.keys() <= known
+
+
+def test_weights_of_several_dtypes_load_as_the_config_says(tmp_path: Path) -> None:
+    """bf16 matrices beside fp32 norms: transformers makes all of it config.json's dtype, and so do we."""
+    theirs = tiny.build(tiny.VARIANTS["llama_gqa_8_2"]).to(torch.bfloat16)
+    tiny.save(theirs, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {name: tensor.float() if tensor.ndim == 1 else tensor for name, tensor in tensors.items()},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    ours = minillm.load_model(tmp_path)
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.bfloat16}
+    again = type(theirs).from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    tokens = tiny.tokens(1, 12)
+    with torch.no_grad():
+        assert torch.equal(ours(tokens), again(tokens).logits)
+
+
+def test_a_save_over_another_model_leaves_nothing_of_it(tmp_path: Path) -> None:
+    first, second = (minillm.load_model(tiny.save(tiny.build(tiny.VARIANTS[name]), tmp_path / name)) for name in TWO)
+    first.generation_defaults, second.generation_defaults = {"eos_token_id": 5}, {}
+    minillm.save(first, tmp_path / "out", max_shard_bytes=40_000)
+    minillm.save(second, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_save_stopped_between_two_renames_leaves_no_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old config.json beside new weights would load, and be another model."""
+    first, second = (minillm.load_model(tiny.save(tiny.build(tiny.VARIANTS[name]), tmp_path / name)) for name in TWO)
+    minillm.save(first, tmp_path / "out")
+    rename = os.replace
+
+    def killed(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+        if Path(target).name == "config.json":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        minillm.save(second, tmp_path / "out")
+    with pytest.raises(minillm.MinillmError, match=r"config\.json: missing"):
+        minillm.load_model(tmp_path / "out")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from minillm.errors import InputError, NumericsError
+from minillm.generation import generate as generation
 from minillm.generation.generate import (
     Completion,
     Prompt,
@@ -46,6 +47,9 @@ class Pieces:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         return "".join(self.pieces[i] for i in ids if not (skip_special and i in self.special_ids))
+
+    def token(self, token_id: int) -> str:
+        return self.pieces[token_id]
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -371,3 +375,36 @@ def test_left_pad() -> None:
     assert tokens.tolist() == [[1, 2, 3], [0, 0, 4], [0, 5, 6]]
     assert keep.int().tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
     assert (tokens.dtype, keep.dtype) == (torch.int64, torch.bool)
+
+
+def test_a_finished_row_leaves_the_batch_and_cannot_end_the_others() -> None:
+    """Alone row 0 ends by max_length before it has forbidden itself every token; beside row 1 it must too."""
+    model = decoder(vocab_size=8, context=64)
+    options: dict[str, Any] = {"no_repeat_ngram_size": 1, "max_length": 8}
+    prompts = [[0, 1, 2, 3, 4, 5], [6]]
+    alone = [generate(model, None, prompt, **options)[0].tokens for prompt in prompts]
+    assert [answer.tokens for answer in generate(model, None, prompts, **options)] == alone
+    assert [len(tokens) for tokens in alone] == [2, 7]
+
+
+def test_rows_are_computed_only_while_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    original = generation.decode_step
+
+    def counted(model: Decoder, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
+        sizes.append(len(tokens))
+        return original(model, tokens, cache)
+
+    monkeypatch.setattr(generation, "decode_step", counted)
+    generate(decoder(context=64), None, [[1, 2, 3, 4], [5, 6], [7]], max_length=6)
+    assert sizes == [3, 2, 2, 1]  # answers of 2, 4 and 5 tokens, the first of each from the prefill
+
+
+def test_a_stop_string_that_is_a_special_token_stops() -> None:
+    """A special token prints nothing, so no text would ever show it."""
+    model, _ = storyteller()
+    pieces = Pieces([*"abcdefgh"][: model.config.vocab_size], special=[])
+    first = generate(model, pieces, [0], max_new_tokens=3)[0].tokens
+    pieces.special_ids = frozenset([first[1]])
+    (answer,) = generate(model, pieces, [0], max_new_tokens=3, stop=pieces.token(first[1]))
+    assert (answer.tokens, answer.finish_reason, answer.text) == (first[:2], "stop", pieces.token(first[0]))

@@ -40,15 +40,11 @@ def bits(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-@pytest.mark.parametrize("metadata", [{"format": "pt"}, {"z": "1", "a": "ü"}, {}])
-def test_bytes_are_those_of_the_library(tmp_path: Path, metadata: dict[str, str]) -> None:
+def test_bytes_are_those_of_the_library(tmp_path: Path) -> None:
     tensors = every_dtype() | AWKWARD
-    save_checkpoint(tensors, tensors.__getitem__, tmp_path, metadata=metadata)
-    theirs = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}, metadata or None)
-    ours = (tmp_path / "model.safetensors").read_bytes()
-    if len(metadata) < 2:  # the library's own order of two metadata entries varies from run to run
-        assert ours == theirs
-    assert len(ours) == len(theirs)
+    save_checkpoint(tensors, tensors.__getitem__, tmp_path)
+    theirs = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == theirs
 
 
 def test_reads_what_the_library_writes(tmp_path: Path) -> None:
