@@ -12,8 +12,14 @@ source scripts/venv.sh
 make_venv plot
 
 output=runs/demo
-echo "training for three minutes; Ctrl-C saves what is there and says how to go on"
-.venv/bin/python scripts/pretrain.py --output "$output" --overwrite "$@"
+if [ -f "$output/state.safetensors" ]; then
+    echo "going on with the training that was stopped"
+    start=--resume
+else
+    echo "training for three minutes; Ctrl-C saves what is there, and this command goes on with it"
+    start=--overwrite
+fi
+.venv/bin/python scripts/pretrain.py --output "$output" "$start" "$@"
 
 cat <<END
 

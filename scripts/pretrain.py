@@ -53,38 +53,38 @@ class Pretrain:
     """Fraction of the files that is never trained on."""
     vocabulary: int = 4096
     """Tokens in the byte-pair vocabulary."""
-    width: int = 256
+    width: int = 192
     """Size of the residual stream, D."""
     layers: int = 4
     """Number of blocks, L."""
-    heads: int = 4
+    heads: int = 3
     """Query heads, H; they share the width evenly."""
-    kv_heads: int = 2
+    kv_heads: int = 3
     """Key/value heads, G."""
-    feed_forward: int = 768
+    feed_forward: int = 512
     """Inner width of the gated mlp, F."""
     tied: bool = False
-    """Use the embedding as output head too: V · D numbers less."""
+    """Use the embedding as the output head too: V · D parameters fewer."""
     context: int = 256
     """Tokens in a window, and the longest text the model will ever read."""
     minutes: float = 3.0
     """Length of the training, where `steps` is not given. The learning rate follows the time spent."""
     steps: int | None = None
     """Length in steps instead: the same result on every run of the same machine."""
-    batch: int = 2
+    batch: int = 4
     """Windows in a step."""
     micro_batch: int | None = None
     """Windows that go through the model at once, where a batch does not fit the memory."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 2.5e-3
     """Peak of AdamW's learning rate; warm-up before, cosine to zero after."""
-    warmup: float = 0.05
+    warmup: float = 0.15
     """Fraction of the run in which the learning rate rises."""
     weight_decay: float = 0.1
     """Of the matrices; norms and embeddings are spared."""
     clip: float = 1.0
     """Longest gradient, all parameters taken as one vector."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the matrix products; auto tries both for a second and keeps the faster."""
+    """Of the matrix products; auto tries both for a second and keeps the faster (with `steps`: float32)."""
     device: str = "cpu"
     """Where to train: cpu, cuda, cuda:1 ..."""
     seed: int = 0
@@ -108,6 +108,9 @@ class Pretrain:
         for name in ("held_out", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it is a fraction, between 0 and 1")
+        for name, least, most in (("heads", 1, self.width), ("evaluations", 0, 10**6), ("seed", 0, 2**32 - 1)):
+            if not least <= getattr(self, name) <= most:
+                raise InputError(f"{name} is {getattr(self, name)}; it must lie between {least} and {most}")
 
 
 #: Fields that a continued run may change.
@@ -126,11 +129,18 @@ class Run:
         self.optimizer = adamw(self.model, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay)
         self.losses: list[float] = []  # one a step
         self.evaluated: list[tuple[int, float]] = []  # (steps made, held-out loss)
-        first = self.windows.batch(0, recipe.batch).to(recipe.device)
-        self.precision = faster_precision(self.model, first) if recipe.precision == "auto" else recipe.precision
+        self.precision = self._precision()
         self.clock = Clock(steps=recipe.steps, minutes=recipe.minutes if recipe.steps is None else None)
         if recipe.resume:
             self._resume()
+
+    def _precision(self) -> Precision:
+        """As the recipe says; auto may look at the clock only where the run does too, so that steps repeat."""
+        if self.recipe.precision != "auto":
+            return self.recipe.precision
+        if self.recipe.steps is not None or self.recipe.resume:
+            return "float32"  # a resumed run takes that of its state
+        return faster_precision(self.model, self.windows.batch(0, self.recipe.batch).to(self.recipe.device))
 
     def save(self) -> None:
         progress: dict[str, Any] = {

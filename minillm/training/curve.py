@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from minillm.atomic import atomic_file
@@ -38,4 +39,5 @@ def draw_curve(
 def _smooth(losses: Sequence[float]) -> list[float]:
     """Mean of the last 2% of the run up to each step: single batches are too noisy to read."""
     width = max(len(losses) // 50, 1)
-    return [sum(losses[max(0, end - width) : end]) / min(end, width) for end in range(1, len(losses) + 1)]
+    sums = [0.0, *accumulate(losses)]
+    return [(sums[end] - sums[max(0, end - width)]) / min(end, width) for end in range(1, len(sums))]
