@@ -10,7 +10,7 @@ make_venv() {
         fail "$("$python" --version) is too old; install Python 3.10 or newer, or name one with PYTHON=..."
 
     # What the installation depends on: a second run has nothing to do unless one of these has changed.
-    wanted=$(cat pyproject.toml setup.py scripts/constraints.txt csrc/cpu/* 2> /dev/null | cksum)
+    wanted=$({ cat pyproject.toml setup.py scripts/constraints.txt; find csrc -type f -exec cat {} + 2> /dev/null || true; } | cksum)
     if [ "$(cat "$stamp" 2> /dev/null)" = "$wanted" ]; then
         echo "using .venv as it is"
         return
