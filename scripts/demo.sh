@@ -16,10 +16,10 @@ if [ -f "$output/state.safetensors" ]; then
     echo "going on with the training that was stopped"
     start=--resume
 else
-    echo "training for three minutes; Ctrl-C saves what is there, and this command goes on with it"
+    echo "training for three and a half minutes; Ctrl-C saves what is there, and this command goes on with it"
     start=--overwrite
 fi
-.venv/bin/python scripts/pretrain.py --output "$output" "$start" "$@"
+.venv/bin/python scripts/pretrain.py --output "$output" "$start" --minutes 3.5 "$@"
 
 cat <<END
 
