@@ -93,8 +93,8 @@ class Pretrain:
     """How often the held-out loss is looked at on the way."""
     save_minutes: float = 10.0
     """How often a state is saved on the way."""
-    prompts: tuple[str, ...] = ("import os\n", "def ", "class ")
-    """What the finished model is asked to continue."""
+    prompts: tuple[str, ...] = ("def", "class", "    def __init__(self")
+    """What the finished model is asked to continue. No blank at the end: it belongs to the word that follows."""
     resume: bool = False
     """Go on with the unfinished run in `output`, which must have the same recipe."""
     overwrite: bool = False
@@ -269,9 +269,9 @@ def figures(run: Run) -> dict[str, Any]:
 def write_samples(recipe: Pretrain) -> None:
     """Let the saved model continue each prompt, greedily and by chance, on standard output as it is written."""
     model, tokenizer = load(recipe.output)
-    chance = {"temperature": 0.8, "top_p": 0.95, "seed": recipe.seed}
+    chance = {"temperature": 0.7, "top_p": 0.9, "seed": recipe.seed}
     for prompt in (text for text in recipe.prompts if len(tokenizer.encode(text)) < recipe.context):
-        for name, options in (("greedy", {"do_sample": False}), ("temperature 0.8, top_p 0.95", chance)):
+        for name, options in (("greedy", {"do_sample": False}), ("temperature 0.7, top_p 0.9", chance)):
             print(f"\n--- {name}\n{prompt}", end="", flush=True)
             for piece in stream(model, tokenizer, prompt, max_new_tokens=80, **options):
                 print(piece, end="", flush=True)
