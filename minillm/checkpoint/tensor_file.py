@@ -3,22 +3,20 @@
 A tensor is read with plain file reads into memory of its own, not through a memory map:
 
 - resident memory is what was asked for, not whatever part of the file the kernel has mapped;
-- a file cut or rewritten while it is read gives an error, where a map would end the process (SIGBUS);
-- our own memory can lie in huge pages, which a mapped file's cannot. The first touch of fresh memory costs more than
-  the copy itself, and a 2 MB page takes one fault where 4 kB pages take 512: 1 GB out of the page cache comes at
-  2.0 GB/s with 4 kB pages, 7.2 with 2 MB pages, 13 with two threads as well (2 cores, median of 5).
+- a file cut or rewritten while it is read gives an error, where a map would end the process (SIGBUS).
+
+Large tensors are read by several threads. Huge pages were tried (madvise) and dropped: faster where memory is free and
+warm, but a fresh process beside a full page cache waited for the kernel to compact memory: 2.2 GB took 2.4 s instead of
+1.0 (2 cores), and decoding was no faster.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import io
 import os
 import pickle
-import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -28,8 +26,6 @@ import torch
 from minillm.checkpoint.safetensors_header import Entry, ShapeAndDtype, read_header
 from minillm.errors import CheckpointError
 
-_HUGE_PAGE = 2**21  # bytes, x86-64 and most arm64
-_MADV_HUGEPAGE = 14  # <linux/mman.h>
 _WORTH_THREADS = 2**24  # bytes; below 16 MB starting threads costs more than they win
 
 
@@ -65,7 +61,7 @@ class SafetensorsFile:
     def read(self, name: str) -> torch.Tensor:
         """The tensor, in contiguous memory of its own. Raises `CheckpointError` if the file changed since opening."""
         entry = self.layout[name]
-        tensor = empty(entry.shape, entry.dtype)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         try:
             whole = fill(tensor, self._file, entry.begin)
         except OSError as error:
@@ -112,26 +108,6 @@ class PickleFile:
 
     def close(self) -> None:
         self.layout = {}
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """`torch.empty` on the CPU, in huge pages where the system offers them (Linux; elsewhere just `torch.empty`).
-
-    Only whole huge pages inside the tensor are asked for, so that no memory is spent beyond the tensor's own.
-    """
-    tensor = torch.empty(shape, dtype=dtype, device="cpu")
-    begin = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-    end = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE * _HUGE_PAGE
-    if end > begin and sys.platform == "linux":
-        _madvise()(begin, end - begin, _MADV_HUGEPAGE)  # advice: a kernel without huge pages may decline it
-    return tensor
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int]:
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

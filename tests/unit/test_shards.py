@@ -103,12 +103,6 @@ def test_reads_without_preadv_as_on_windows(tmp_path: Path, monkeypatch: pytest.
     assert_same(read_all(tmp_path), some_tensors())
 
 
-def test_huge_pages_hold_the_same_bytes(tmp_path: Path) -> None:
-    tensor = torch.arange(5 * 2**19, dtype=torch.int32)  # 10 MB: some whole huge pages, and an edge on either side
-    safetensors.torch.save_file({"w": tensor}, tmp_path / "model.safetensors")
-    assert torch.equal(read_all(tmp_path)["w"], tensor)
-
-
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_file_cut_while_it_is_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     monkeypatch.setattr(tensor_file, "_WORTH_THREADS", 1)
