@@ -103,11 +103,15 @@ def measure(who: str, folder: str) -> dict[str, float]:
     loaded = time.perf_counter() - start
     decode(torch.randint(32_000, (1, 32)), 4)  # warm up
     prompt, long = torch.randint(32_000, (1, 32)), torch.randint(32_000, (1, 512))
-    decoding = decode(prompt, 32)
+    decoding = statistics.median(decode(prompt, 32) for _ in range(3))
+    filling = 512 / statistics.median(_seconds(lambda: prefill(long)) for _ in range(3))
+    return {"load": loaded, "peak": (peak_bytes() - before) / 1e9, "prefill": filling, "decode": decoding}
+
+
+def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
-    prefill(long)
-    peak = peak_bytes() - before
-    return {"load": loaded, "peak": peak / 1e9, "prefill": 512 / (time.perf_counter() - start), "decode": decoding}
+    call()
+    return time.perf_counter() - start
 
 
 def peak_bytes() -> int:
