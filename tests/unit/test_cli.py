@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,3 +136,32 @@ def test_help_teaches(command: list[str], capsys: pytest.CaptureFixture[str]) ->
         cli.main([*command, "--help"])
     assert ended.value.code == 0
     assert "usage: minillm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (  # Falcon-7B: num_kv_heads in its file is not to be read
+            {"hidden_size": 4544, "num_attention_heads": 71, "num_kv_heads": 71, "multi_query": True},
+            ("6,921,720,704", "8.19 kB a token", "71 times smaller"),
+        ),
+        (  # Falcon-40B
+            {
+                "hidden_size": 8192,
+                "num_attention_heads": 128,
+                "num_hidden_layers": 60,
+                "num_kv_heads": 8,
+                "new_decoder_architecture": True,
+            },
+            ("41,303,293,952", "123 kB a token", "16 times smaller"),
+        ),
+    ],
+)
+def test_info_shows_what_fewer_key_value_heads_save(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict[str, object], said: tuple[str, ...]
+) -> None:
+    """2 · layers · G · E numbers of 2 bytes: 2·32·1·64·2 = 8,192 and 2·60·8·64·2 = 122,880 bytes a token."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "falcon", **fields}))
+    assert cli.main(["info", str(tmp_path)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(part in printed for part in said), printed
