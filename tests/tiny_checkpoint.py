@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer as Pipeline
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
+from tokenizers.decoders import ByteLevel
 
 import minillm
+from tests import decoders
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
 SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -18,7 +20,7 @@ def tokenizer(chat_template: str | None = CHAT) -> minillm.Tokenizer:
     """Byte-level BPE of 300 tokens; `<|end|>` is id 0 and ends a text."""
     pipeline = Pipeline(models.BPE())
     pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pipeline.decoder = decoders.ByteLevel()
+    pipeline.decoder = ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=SPECIAL,
@@ -29,25 +31,10 @@ def tokenizer(chat_template: str | None = CHAT) -> minillm.Tokenizer:
     return minillm.Tokenizer.from_tokenizers(pipeline, eos="<|end|>", chat_template=chat_template)
 
 
-def config(**changes: object) -> minillm.DecoderConfig:
-    """Two layers of a Llama shape that fits the tokenizer."""
-    sizes = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_size": 8,
-        "ffn_size": 48,
-        "context": 128,
-    }
-    return minillm.DecoderConfig(**{**sizes, **changes})  # type: ignore[arg-type]
-
-
 def write(folder: Path, *, chat_template: str | None = CHAT, eos: int | None = 0, **changes: object) -> Path:
     """A saved random model and its tokenizer."""
     torch.manual_seed(0)
-    model = minillm.Decoder(config(**changes))
+    model = minillm.Decoder(decoders.config(**{"vocab_size": 300, "context": 128, **changes}))
     model.generation_defaults = {} if eos is None else {"eos_token_id": eos}
     minillm.save(model, folder, tokenizer=tokenizer(chat_template))
     return folder
