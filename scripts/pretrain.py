@@ -186,7 +186,7 @@ def main(recipe: Pretrain) -> dict[str, Any]:
     if draw_curve(curve, run.losses, run.evaluated, title=title, per_step=recipe.batch * recipe.context):
         result["curve"] = str(curve)
     else:
-        say('no curve: matplotlib is not installed (pip install "minillm[plot]")')
+        say('no curve: matplotlib is not installed (pip install -e ".[plot]")')
     history = {"losses": run.losses, "evaluated": run.evaluated, "recipe": comparable(recipe)}
     write_atomically(recipe.output / "training.json", json.dumps(result | history))
     (recipe.output / STATE).unlink(missing_ok=True)

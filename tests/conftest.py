@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     """pair("falcon_7b") -> both models, cached for the session; tests must not change them."""
-    pytest.importorskip("transformers", reason="the oracle; pip install minillm[test]")
+    pytest.importorskip("transformers", reason="the oracle; pip install -e .[test]")
     made: dict[str, Pair] = {}
 
     def make(name: str) -> Pair:

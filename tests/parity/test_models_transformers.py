@@ -97,7 +97,7 @@ def test_every_gradient(pair: Pairs, name: str, monkeypatch: pytest.MonkeyPatch)
         assert_rule_of_two(found[key], plain[key], exact[key], key)
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.VARIANTS if name != "falcon_7b_alibi"])
+@EVERY
 def test_bfloat16_bits(pair: Pairs, name: str, tmp_path: Any) -> None:
     """Loaded in bf16 the logits are theirs to the last bit, or within the rule of two where kernels differ.
 
