@@ -37,8 +37,9 @@ class Sampling:
     """How one request turns logits into tokens and when it stops. Greedy unless told otherwise; names are those of
     transformers' `GenerationConfig`, except `eos_ids` (`eos_token_id`) and `stop` (`stop_strings`).
 
-    Nothing given but a seed is ignored: with `do_sample=False` a temperature, top_k, top_p, min_p or typical_p is an `InputError`,
-    as is any value out of range. With both `max_new_tokens` and `max_length` the first to be reached ends the text.
+    Nothing given is ignored but a seed, which greedy decoding has no use for: with `do_sample=False` a temperature,
+    top_k, top_p, min_p or typical_p is an `InputError`, as is any value out of range. With both `max_new_tokens` and
+    `max_length` the first to be reached ends the text.
 
     >>> Sampling(do_sample=True, top_k=10).top_k
     10
