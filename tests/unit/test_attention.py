@@ -65,13 +65,23 @@ def mask_of(kind: str, size: Size, dtype: torch.dtype) -> Tensor | None:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The formula in the dtype of its arguments, every step rounded to it."""
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = q @ k.mT / q.shape[-1] ** 0.5
+    """The formula in the dtype of its arguments, every step rounded to it, one query head after the other.
+
+    A head at a time, because the gradients of a shared k and v are sums over its heads: how many roundings such a sum
+    takes is its order's affair, and torch's own order is another on every processor.
+    """
+    heads, size = q.shape[1], q.shape[-1]
     if mask is None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1) @ v
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])[None, None]
+    mask = mask.expand(-1, heads, -1, -1)
+    outputs = []
+    for head in range(heads):
+        group = head // (heads // k.shape[1])
+        scores = q[:, head] @ k[:, group].mT / size**0.5
+        visible = mask[:, head]
+        scores = scores.masked_fill(~visible, -torch.inf) if mask.dtype == torch.bool else scores + visible
+        outputs.append(scores.softmax(-1) @ v[:, group])
+    return torch.stack(outputs, dim=1)
 
 
 def with_gradients(function: Any, inputs: tuple[Tensor, ...], mask: Tensor | None) -> list[Tensor]:
