@@ -64,6 +64,7 @@ LEVELS = {
     "minillm.training": 3,
     "minillm.verify": 3,
     "minillm.info": 3,
+    "minillm.doctor": 3,
     "minillm.cli": 4,
     "minillm": 4,  # __init__, which gathers the public names
 }

@@ -1,0 +1,235 @@
+"""Two traces of the same forward, operation by operation, each against float64: what differs first, and whose fault.
+
+For every operation and each side two questions are asked.
+
+    local   is this output the formula of what this side itself fed into it?
+            error = |recorded - f64(recorded inputs)|,   allowed = 2 |plain - f64(recorded inputs)| + slack
+    chain   how far has this side drifted from a float64 run of the whole model up to here?
+
+`plain` is the same formula computed step by step in the side's own dtype: the rule of two, without a chosen number. The
+local question forgives what earlier operations did wrong, so errors do not add up and every faulty operation stands
+alone; a difference that all operations pass is noise, however large it has grown (as it does in bf16). Two sides that
+are outside together and agree with each other are noise too: then the formula is not what either computes.
+
+|.| is the root mean square over tokens of the relative Euclidean error of a token, so that one huge token (Llama's first)
+cannot hide the others. Padding is not looked at.
+
+slack: one rounding of the result, eps / 4 (a rounding errs by eps / (2 sqrt(3)) of a number's power of two, less of the
+number), for where the plain formula happens to make none; and `_SUM` roundings of fp32, because a sum of n terms errs by
+sqrt(n) or log(n) of them as its order wants, and order is the kernel's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minillm.verify.operations import Operation, operations
+from minillm.verify.reference import Formula, wide
+from minillm.verify.trace import Trace
+
+Verdict = Literal["equal", "noise", "ours", "theirs", "both", "unknown"]
+#: Distances in units in the last place that a histogram counts: 0, 1, 2, up to 4, .. and beyond.
+ULPS = (0, 1, 2, 4, 8, 16, 64)
+_SUM = 8
+
+
+@dataclass(frozen=True)
+class Errors:
+    """One side of one operation. local, allowed, chain: relative; largest: of |recorded - f64|, in the tensor's unit."""
+
+    local: float
+    allowed: float
+    chain: float
+    largest: float
+
+    @property
+    def outside(self) -> bool:
+        return not self.local <= self.allowed
+
+
+@dataclass(frozen=True)
+class Between:
+    """Ours against theirs: largest and relative difference, cosine, and how many numbers are how many ULPs apart."""
+
+    largest: float
+    relative: float
+    cosine: float
+    ulps: tuple[int, ...]  # counts for ULPS and one more for what is beyond
+
+
+@dataclass(frozen=True)
+class Result:
+    """One operation: both sides (None where it was not recorded), the two against each other, and the verdict."""
+
+    operation: Operation
+    shape: tuple[int, ...]
+    ours: Errors | None
+    theirs: Errors | None
+    between: Between | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Case:
+    """One side at one operation, with all that a diagnosis needs to compute it anew."""
+
+    operation: Operation
+    inputs: tuple[Tensor, ...]
+    found: Tensor
+    exact: Tensor
+    plain: Tensor
+    dtype: torch.dtype
+
+
+#: Called with each case outside its bound while its tensors are at hand: (side, case).
+OnFault = Callable[[Literal["ours", "theirs"], Case], None]
+
+
+def compare(ours: Trace, theirs: Trace, formula: Formula, *, on_fault: OnFault | None = None) -> Iterator[Result]:
+    """The operations in order. Memory: one float64 copy of a weight, and the tensors that later operations still read.
+
+    formula: of the truth, its tokens and keep those of both traces. An operation that a side did not record is computed
+    for it, so that the next one is measured over both.
+    """
+    steps = operations(formula.config)
+    last_use = {name: index for index, step in enumerate(steps) for name in step.inputs}
+    sides = [_Side(ours), _Side(theirs)]
+    chain: dict[str, Tensor] = {}
+    for index, step in enumerate(steps):
+        stacked = [
+            torch.cat([*(_rows(side[name], formula).double() for side in sides), chain[name]]) for name in step.inputs
+        ]
+        exact = formula(step, stacked, torch.float64)
+        parts = exact.chunk(3) if step.inputs else (exact,) * 3
+        chain[step.name] = parts[2]
+        cases = [side.case(step, part, formula) for side, part in zip(sides, parts, strict=False)]
+        yield _judge(cases, chain[step.name], formula.keep, on_fault)
+        for name in [name for name in chain if last_use.get(name, 0) <= index and name != step.name]:
+            del chain[name]
+            for side in sides:
+                side.computed.pop(name, None)
+
+
+class _Side:
+    """A trace, and what had to be computed for lack of it."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.computed: dict[str, Tensor] = {}
+        self.dtype = trace["embed"].dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.trace[name] if name in self.trace else self.computed[name]
+
+    def case(self, step: Operation, exact: Tensor, formula: Formula) -> Case | None:
+        if step.name not in self.trace:
+            self.computed[step.name] = exact
+            return None
+        inputs = tuple(_rows(self[name], formula) for name in step.inputs)
+        plain = formula(step, inputs, self.dtype)
+        return Case(step, inputs, _rows(self.trace[step.name], formula), exact, plain, self.dtype)
+
+
+def _rows(x: Tensor, formula: Formula) -> Tensor:
+    """Tables that are the same for all rows, once for each."""
+    batch = formula.tokens.shape[0]
+    return x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x
+
+
+def _judge(cases: Sequence[Case | None], chain: Tensor, keep: Tensor, on_fault: OnFault | None) -> Result:
+    step = next((case.operation for case in cases if case is not None), None)
+    assert step is not None or not any(cases)
+    errors = [None if case is None else measure(case, chain, keep) for case in cases]
+    between = None
+    if cases[0] is not None and cases[1] is not None and cases[0].found.shape == cases[1].found.shape:
+        between = _between(cases[0].found, cases[1].found, keep)
+    verdict = _verdict(errors, between)
+    if on_fault is not None and verdict in ("ours", "theirs", "both"):
+        for side, case, error in zip(("ours", "theirs"), cases, errors, strict=True):
+            if case is not None and error is not None and error.outside:
+                on_fault(side, case)  # type: ignore[arg-type]
+    shape = tuple(next((case.found.shape for case in cases if case is not None), ()))
+    return Result(step, shape, errors[0], errors[1], between, verdict)  # type: ignore[arg-type]
+
+
+def measure(case: Case, chain: Tensor, keep: Tensor) -> Errors:
+    """The errors of one side; infinite where the shape is another or a number is not finite without need."""
+    if case.found.shape != case.exact.shape:
+        return Errors(float("inf"), 0.0, float("inf"), float("inf"))
+    found, exact = tokens_of(case.found, keep), tokens_of(case.exact, keep)
+    allowed = bound(tokens_of(case.plain, keep), exact, case.dtype)
+    return Errors(
+        distance(found, exact), allowed, distance(found, tokens_of(chain, keep)), float(_apart(found, exact).abs().max())
+    )
+
+
+def bound(plain: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    """2 |plain - exact| + slack, for tensors of tokens (N, M)."""
+    slack = torch.finfo(dtype).eps / 4 + _SUM * torch.finfo(wide(dtype)).eps
+    return 2 * distance(plain, exact) + slack
+
+
+def tokens_of(x: Tensor, keep: Tensor) -> Tensor:
+    """(B, T, ...) or (B, H, T, ...) -> what belongs to each real token, in float64: (N, M)."""
+    by_token = x.transpose(1, 2) if x.ndim == 4 else x
+    return by_token[keep].flatten(1).double() if x.ndim > 2 else by_token[keep][:, None].double()
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    """Root mean square over tokens of |found - exact| / |exact|: (N, M) twice -> a number; inf if not comparable."""
+    away = _apart(found, exact).norm(dim=-1)
+    sizes = exact.nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
+    floor = 1e-6 * sizes.square().mean().sqrt()  # a token of zeros is measured against the others
+    relative = torch.where(away == 0, 0.0, away / torch.maximum(sizes, floor))
+    return float(relative.square().mean().sqrt())
+
+
+def _apart(found: Tensor, exact: Tensor) -> Tensor:
+    """found - exact; 0 where both are the same infinity or NaN, inf where only one is finite."""
+    same = (found == exact) | (found.isnan() & exact.isnan())
+    return torch.where(same, 0.0, (found - exact).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf))
+
+
+def _verdict(errors: Sequence[Errors | None], between: Between | None) -> Verdict:
+    known = [error for error in errors if error is not None]
+    if not known:
+        return "unknown"
+    ours, theirs = (error is not None and error.outside for error in errors)
+    if ours and theirs:
+        alike = between is not None and between.relative <= max(error.allowed for error in known)
+        return "noise" if alike else "both"
+    if ours or theirs:
+        return "ours" if ours else "theirs"
+    return "equal" if between is not None and between.largest == 0 else "noise"
+
+
+def _between(ours: Tensor, theirs: Tensor, keep: Tensor) -> Between:
+    x, y = tokens_of(ours, keep), tokens_of(theirs, keep)
+    apart = _apart(x, y)
+    a, b = (z.nan_to_num(0.0, 0.0, 0.0).flatten() for z in (x, y))
+    norms = float(a.norm() * b.norm())
+    cosine = float(a @ b) / norms if norms else 1.0
+    coarser = max(ours.dtype, theirs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return Between(float(apart.abs().max()), distance(x, y), cosine, ulp_histogram(x, y, coarser))
+
+
+def ulp_histogram(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
+    """How many pairs are 0, 1, 2, up to 4, .. units in the last place of `dtype` apart; see ULPS.
+
+    The unit is that of the larger of the two numbers: 2^floor(log2 |x|) eps.
+
+    >>> ulp_histogram(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 1.0 + 2 ** -7]), torch.bfloat16)[:3]
+    (1, 1, 0)
+    """
+    info = torch.finfo(dtype)
+    largest = torch.maximum(x.abs(), y.abs()).nan_to_num(0.0, 0.0, 0.0).clamp(min=info.tiny)
+    unit = torch.exp2(torch.floor(torch.log2(largest))) * info.eps
+    steps = (_apart(x, y).abs() / unit).flatten()
+    edges = torch.tensor(ULPS, dtype=steps.dtype, device=steps.device) + 0.5
+    counts = torch.bincount(torch.bucketize(steps, edges), minlength=len(ULPS) + 1)
+    return tuple(counts.tolist())
