@@ -15,18 +15,18 @@ from pathlib import Path
 
 import torch
 
-#: Distribution -> what it is for and the extra that brings it; empty for what minillm cannot do without.
+#: Distribution -> the extra that brings it and says what it is for; empty for what minillm cannot do without.
 PACKAGES = {
-    "minillm": ("", ""),
-    "torch": ("", ""),
-    "numpy": ("", ""),
-    "safetensors": ("", ""),
-    "tokenizers": ("", ""),
-    "huggingface-hub": ("", ""),
-    "transformers": ("comparing with it", "verify"),
-    "matplotlib": ("plots", "plot"),
-    "sentencepiece": ("some tests", "test"),
-    "tiktoken": ("some tests", "test"),
+    "minillm": "",
+    "torch": "",
+    "numpy": "",
+    "safetensors": "",
+    "tokenizers": "",
+    "huggingface-hub": "",
+    "transformers": "verify",
+    "matplotlib": "plot",
+    "sentencepiece": "test",
+    "tiktoken": "test",
 }
 #: Instructions that kernels can use, as /proc/cpuinfo names them.
 FEATURES = "avx2 avx512f avx512_vnni avx512_bf16 amx_tile amx_int8 amx_bf16".split()

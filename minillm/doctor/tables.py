@@ -41,9 +41,9 @@ def _installed(examination: Examination) -> Table:
 
 def _absent(name: str) -> Text:
     """Text, because `[verify]` would be markup in a string."""
-    purpose, extra = PACKAGES[name]
+    extra = PACKAGES[name]
     if extra:
-        return Text(f'not installed (needed for {purpose}; pip install "minillm[{extra}]")')
+        return Text(f'not installed; to {extra}: pip install "minillm[{extra}]"')
     return Text("not installed" if name == "minillm" else f"not installed; pip install {name}", "red")
 
 
@@ -55,7 +55,8 @@ def _active(machine: Machine, read_speed: float) -> Table:
     for label, wanted in (("processor has", True), ("processor lacks", False)):
         names = [name for name, has in (machine.features or {}).items() if has is wanted]
         table.add_row(label, "unknown" if machine.features is None else ", ".join(names) or "none of those looked for")
-    table.add_row("memory", f"{_gigabytes(machine.memory)}, {_gigabytes(machine.memory_available)} available")
+    free = "" if machine.memory_available is None else f", {_gigabytes(machine.memory_available)} available"
+    table.add_row("memory", _gigabytes(machine.memory) + free)
     table.add_row("memory, read", f"{_gigabytes(read_speed)}/s (torch's sum of 256 MB of fp32)")
     table.add_row("oneDNN", "on" if machine.onednn else "off")
     for name, size in machine.cuda:
@@ -70,7 +71,7 @@ def _active(machine: Machine, read_speed: float) -> Table:
 def _checks(outcomes: tuple[Outcome, ...]) -> Table:
     columns = ("", "", "agrees", "ours", "plain", "ours is")
     table = _measurements("Fast paths against the plain formula, on the CPU", columns)
-    table.caption = "32/4: query heads / key-value heads, of size 64. plain: the definition, in torch."
+    table.caption = "32/4: query / key-value heads, of size 64. plain: the definition in torch.\n"
     for check in outcomes:
         agrees = Text("yes", "green") if check.fault is None else Text("NO", "bold red")
         ours, plain = check.seconds, check.plain_seconds
@@ -81,7 +82,7 @@ def _checks(outcomes: tuple[Outcome, ...]) -> Table:
 
 def _linears(linears: tuple[Linear, ...]) -> Table:
     table = _measurements("bf16 against fp32, torch alone, on the CPU", ("", "bf16", "fp32", "bf16 is"))
-    table.caption = "M x N x K: x (M, K) times W (N, K) transposed."
+    table.caption = "M x N x K: x (M, K) times W (N, K) transposed.\n"
     for linear in linears:
         ours, plain = linear.bfloat16_seconds, linear.float32_seconds
         table.add_row(f"linear, {linear.name}", _duration(ours), _duration(plain), _ratio(ours, plain))

@@ -11,12 +11,12 @@ local question forgives what earlier operations did wrong, so errors do not add 
 alone; a difference that all operations pass is noise, however large it has grown (as it does in bf16). Two sides that
 are outside together and agree with each other are noise too: then the formula is not what either computes.
 
-|.| is the root mean square over tokens of the relative Euclidean error of a token, so that one huge token (Llama's first)
-cannot hide the others. Padding is not looked at.
+|.| is the root mean square over tokens of the relative Euclidean error of a token, so that one huge token (Llama's
+first) cannot hide the others. Padding is not looked at.
 
 slack: one rounding of the result, eps / 4 (a rounding errs by eps / (2 sqrt(3)) of a number's power of two, less of the
-number), for where the plain formula happens to make none; and `_SUM` roundings of fp32, because a sum of n terms errs by
-sqrt(n) or log(n) of them as its order wants, and order is the kernel's affair.
+number), for where the plain formula happens to make none; and `_SUM` roundings of fp32, because a sum of n terms errs
+by sqrt(n) or log(n) of them as its order wants, and order is the kernel's affair.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SUM = 8
 
 @dataclass(frozen=True)
 class Errors:
-    """One side of one operation. local, allowed, chain: relative; largest: of |recorded - f64|, in the tensor's unit."""
+    """One side of one operation. local, allowed, chain: relative; largest: max |recorded - f64|, absolute."""
 
     local: float
     allowed: float
@@ -86,8 +86,9 @@ class Case:
     dtype: torch.dtype
 
 
-#: Called with each case outside its bound while its tensors are at hand: (side, case).
-OnFault = Callable[[Literal["ours", "theirs"], Case], None]
+Side = Literal["ours", "theirs"]
+#: Called with each case outside its bound while its tensors are at hand.
+OnFault = Callable[[Side, Case, Errors], None]
 
 
 def compare(ours: Trace, theirs: Trace, formula: Formula, *, on_fault: OnFault | None = None) -> Iterator[Result]:
@@ -108,7 +109,7 @@ def compare(ours: Trace, theirs: Trace, formula: Formula, *, on_fault: OnFault |
         parts = exact.chunk(3) if step.inputs else (exact,) * 3
         chain[step.name] = parts[2]
         cases = [side.case(step, part, formula) for side, part in zip(sides, parts, strict=False)]
-        yield _judge(cases, chain[step.name], formula.keep, on_fault)
+        yield _judge(step, cases, chain[step.name], formula.keep, on_fault)
         for name in [name for name in chain if last_use.get(name, 0) <= index and name != step.name]:
             del chain[name]
             for side in sides:
@@ -141,20 +142,22 @@ def _rows(x: Tensor, formula: Formula) -> Tensor:
     return x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x
 
 
-def _judge(cases: Sequence[Case | None], chain: Tensor, keep: Tensor, on_fault: OnFault | None) -> Result:
-    step = next((case.operation for case in cases if case is not None), None)
-    assert step is not None or not any(cases)
+def _judge(
+    step: Operation, cases: Sequence[Case | None], chain: Tensor, keep: Tensor, on_fault: OnFault | None
+) -> Result:
+    ours, theirs = cases
     errors = [None if case is None else measure(case, chain, keep) for case in cases]
     between = None
-    if cases[0] is not None and cases[1] is not None and cases[0].found.shape == cases[1].found.shape:
-        between = _between(cases[0].found, cases[1].found, keep)
+    if ours is not None and theirs is not None and ours.found.shape == theirs.found.shape:
+        between = _between(ours.found, theirs.found, keep)
     verdict = _verdict(errors, between)
     if on_fault is not None and verdict in ("ours", "theirs", "both"):
-        for side, case, error in zip(("ours", "theirs"), cases, errors, strict=True):
+        sides: tuple[Side, Side] = ("ours", "theirs")
+        for side, case, error in zip(sides, cases, errors, strict=True):
             if case is not None and error is not None and error.outside:
-                on_fault(side, case)  # type: ignore[arg-type]
-    shape = tuple(next((case.found.shape for case in cases if case is not None), ()))
-    return Result(step, shape, errors[0], errors[1], between, verdict)  # type: ignore[arg-type]
+                on_fault(side, case, error)
+    shape = tuple(next((case.found.shape for case in cases if case is not None), chain.shape))
+    return Result(step, shape, errors[0], errors[1], between, verdict)
 
 
 def measure(case: Case, chain: Tensor, keep: Tensor) -> Errors:
@@ -164,7 +167,10 @@ def measure(case: Case, chain: Tensor, keep: Tensor) -> Errors:
     found, exact = tokens_of(case.found, keep), tokens_of(case.exact, keep)
     allowed = bound(tokens_of(case.plain, keep), exact, case.dtype)
     return Errors(
-        distance(found, exact), allowed, distance(found, tokens_of(chain, keep)), float(_apart(found, exact).abs().max())
+        distance(found, exact),
+        allowed,
+        distance(found, tokens_of(chain, keep)),
+        float(_apart(found, exact).abs().max()),
     )
 
 

@@ -5,8 +5,8 @@ The names are ours; a trace of transformers is recorded under the same ones. N c
     embed                            rows of the embedding                                          (B, T, D)
     rotary.cos, rotary.sin           one angle for each position and pair                           (B or 1, T, d)
     blocks.N.attention_norm          what attention reads                                           (B, T, D)
-    blocks.N.attention.q_proj        also k_proj, v_proj                                            (B, T, H E), (B, T, G E)
-    blocks.N.attention.q_rotated     also k_rotated; none with ALiBi                                (B, H, T, E), (B, G, T, E)
+    blocks.N.attention.q_proj        also k_proj, v_proj                                            (B, T, H E or G E)
+    blocks.N.attention.q_rotated     also k_rotated; none with ALiBi                                (B, H or G, T, E)
     blocks.N.attention.scores        q k / sqrt(E) and ALiBi; -inf where a query may not look       (B, H, T, S)
     blocks.N.attention.weights       their softmax                                                  (B, H, T, S)
     blocks.N.attention.mixed         values, weighted and side by side: what o_proj reads           (B, T, H E)
@@ -44,8 +44,8 @@ class Operation:
     def short(self) -> str:
         """The name without its layer and module: `q_proj`, `weights`; `output` for a whole block.
 
-        >>> Operation("blocks.3.attention.q_proj", "linear", layer=3).short, Operation("blocks.3", "output", layer=3).short
-        ('q_proj', 'output')
+        >>> Operation("blocks.3.attention.q_proj", "linear", layer=3).short
+        'q_proj'
         """
         return "output" if self.layer is not None and self.name == f"blocks.{self.layer}" else self.name.split(".")[-1]
 

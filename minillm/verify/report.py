@@ -1,11 +1,12 @@
 """What a verification found, as data: `minillm verify` prints it, draws it and writes it as JSON.
 
-    equal    every operation on both sides is the formula, up to rounding                exit status 0
-    fault    some operation is not; `first` names it, the side, and the cause if found    exit status 1
+equal    every operation on both sides is the formula, up to rounding                exit status 0
+fault    some operation is not; `first` names it, the side, and the cause if found    exit status 1
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,8 +19,8 @@ class Fault:
     """One operation of one side that is not its formula.
 
     side: "ours", or "theirs" for what we compare with. error, allowed: relative, see `minillm.verify.compare`. cause: a
-    key, with `text` completing "it equals the formula ..."; empty where no candidate reproduced the numbers. where: which
-    tokens, heads or columns, if not all. layers: every layer in which the same operation of that side is out of bound.
+    key, with `text` completing "it equals the formula ..."; empty where no candidate reproduced the numbers. where:
+    which tokens, heads or columns, if not all. layers: all in which the same operation of that side is out of bound.
     known: identifier of the entry in `minillm.verify.known_faults`, if this is one of those.
     """
 
@@ -96,4 +97,4 @@ def _plain(errors: Errors | Between | None) -> dict[str, Any] | None:
 def _number(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
-    return value if value == value and abs(value) != float("inf") else str(value)
+    return value if math.isfinite(value) else str(value)

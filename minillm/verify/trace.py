@@ -7,9 +7,9 @@
 Modules are watched by forward hooks, attention's inside by `AttentionCalls`. Tensors are copies, detached, on the
 model's device. What is computed does not change: the same calls in the same order on the same tensors.
 
-A trace of all of a 7B over 64 tokens takes about 100 MB; `only` keeps some of it, `statistics` keeps six numbers of each
-tensor instead of its values and so needs no memory at any length. One forward without a cache is what can be compared; a
-second forward begins the trace anew, so behind a loop of decoding steps it holds the last one.
+A trace of all of a 7B over 64 tokens takes about 100 MB; `only` keeps some of it, `statistics` keeps six numbers of
+each tensor instead of its values and so needs no memory at any length. One forward without a cache is what can be
+compared; a second forward begins the trace anew, so behind a loop of decoding steps it holds the last one.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Statistics(NamedTuple):
         bad = int((~x.isfinite() & (x != -torch.inf)).sum())
         if not finite.numel():
             return Statistics(tuple(x.shape), 0.0, 0.0, 0.0, 0.0, bad)
-        numbers = (finite.mean(), finite.square().mean().sqrt(), finite.min(), finite.max())
-        return Statistics(tuple(x.shape), *map(float, numbers), bad)
+        mean, rms, least, largest = finite.mean(), finite.square().mean().sqrt(), finite.min(), finite.max()
+        return Statistics(tuple(x.shape), float(mean), float(rms), float(least), float(largest), bad)
 
 
 @dataclass
@@ -103,7 +103,9 @@ class Trace(Mapping[str, Tensor]):
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
                 if about.get("format") != _FORMAT:
-                    raise InputError(f"{path}: is no trace that minillm saved; make one with `minillm verify --save-trace`")
+                    raise InputError(
+                        f"{path}: is no trace that minillm saved; make one with `minillm verify --save-trace`"
+                    )
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: cannot be read as a trace ({error}); save it again") from error
@@ -112,7 +114,8 @@ class Trace(Mapping[str, Tensor]):
             part, _, rest = name.partition("/")
             parts[part][rest] = x
         values = {name: parts["value"][name] for name in json.loads(about["order"])}
-        return Trace(values, gradients=parts["gradient"], about=json.loads(about["about"]), **parts["input"])
+        tokens, keep = (parts["input"].get(name) for name in ("tokens", "keep"))
+        return Trace(values, tokens, keep, parts["gradient"], about=json.loads(about["about"]))
 
 
 _FORMAT = "minillm trace 1"
@@ -171,7 +174,9 @@ def watching(model: Decoder, recorded: Trace, take: Take) -> Iterator[None]:
     hooks.append(model.register_forward_pre_hook(begin, with_kwargs=True))
     hooks += [after(model.embed, "embed", take), after(model.norm, "norm", take), after(model, "logits", take)]
     if model.rotary is not None:
-        hooks.append(model.rotary.register_forward_hook(lambda _, args, out: take_rotary(take, out[0][:, 0], out[1][:, 0])))
+        hooks.append(
+            model.rotary.register_forward_hook(lambda _, args, out: take_rotary(take, out[0][:, 0], out[1][:, 0]))
+        )
     for layer, block in enumerate(model.blocks):
         hooks += _watch_block(block, f"blocks.{layer}", calls, take, model.config)
     try:

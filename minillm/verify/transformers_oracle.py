@@ -1,9 +1,9 @@
 """transformers' Llama, Mistral and Falcon under the same names: the one file that may import transformers.
 
-It is imported when `minillm verify` runs, not before; the extra is `pip install "minillm[verify]"`. What is recorded comes
-from hooks on its modules, as for our own model, and is brought to our names and shapes:
+It is imported when `minillm verify` runs, not before; the extra is `pip install "minillm[verify]"`. What is recorded
+comes from hooks on its modules, as for our own model, and is brought to our names and shapes:
 
-    Llama, Mistral     renames                                                   (layers.N.self_attn -> blocks.N.attention)
+    Llama, Mistral     renames                                  (layers.N.self_attn -> blocks.N.attention)
     Falcon             the fused query_key_value, its numbers picked apart by transformers' own `_split_heads`
 
 Nothing here uses our loader or our weight maps: weights and settings are those transformers read, so that they can
@@ -78,7 +78,7 @@ def load(folder: Path, *, dtype: torch.dtype, attention: str = "sdpa", device: s
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{folder}: transformers {version()} cannot load it: {str(error).splitlines()[0]}") from error
-    return Oracle(model.to(device).eval())
+    return Oracle(model.eval().to(torch.device(device)))
 
 
 class Oracle:
@@ -121,14 +121,12 @@ class Oracle:
         return fresh.inv_freq.float(), float(fresh.attention_scaling)
 
     def record(self, tokens: Tensor, keep: Tensor, *, gradients: bool = False) -> Trace:
-        """One forward without a cache, positions counted over real tokens; with gradients, the caller's loss follows."""
+        """One forward without a cache, positions counted over real tokens; its logits stay in `output`."""
         recorded = Trace()
         recorded.begin(tokens, keep)
         with torch.set_grad_enabled(gradients), self._watching(sink(recorded, gradients=gradients)):
             positions = ((keep.long().cumsum(dim=1) - 1) * keep).to(tokens.device)
-            self.output = self.model(
-                tokens, attention_mask=keep.long(), position_ids=positions, use_cache=False
-            ).logits
+            self.output = self.model(tokens, attention_mask=keep.long(), position_ids=positions, use_cache=False).logits
         return recorded
 
     @contextmanager
@@ -178,7 +176,7 @@ def _after_fused(module: nn.Module, name: str, rows: dict[str, Tensor], take: Ta
 
 
 def _fused_rows(attention: Any, config: DecoderConfig) -> dict[str, Tensor]:
-    """Which outputs of `query_key_value` are q, k and v: their own `_split_heads`, applied to the numbers 0, 1, 2, .."""
+    """Which outputs of `query_key_value` are q, k and v: their own `_split_heads`, applied to 0, 1, 2, .."""
     width = attention.query_key_value.weight.shape[0]
     q, k, v = (part[0, 0] for part in attention._split_heads(torch.arange(width)[None, None]))
     each = config.num_heads // config.num_kv_heads

@@ -1,0 +1,40 @@
+"""Candidate causes by the kind of operation they can explain, the particular before the general.
+
+Each is a generator `scene -> candidates`; see `minillm.verify.scene`. To teach the tool a new fault, write the faulty
+formula as one more candidate in the file of its operation.
+"""
+
+from __future__ import annotations
+
+from minillm.verify.causes import attention, generic, positions, stream, weights
+from minillm.verify.scene import Generator
+
+_LINEAR = ("linear",)
+
+#: (kinds of operation, generator); no kinds means all. The order is the order of trying.
+GENERATORS: tuple[tuple[tuple[str, ...], Generator], ...] = (
+    (("embed",), weights.embedding),
+    (("norm",), weights.norm_settings),
+    (("cosine", "sine"), positions.table),
+    (("rotate",), positions.rotation),
+    (("scores",), attention.scores),
+    (("weights",), attention.softmax),
+    (("mixed",), attention.mixed),
+    (("inner",), stream.activation),
+    (("add", "parallel_add"), stream.sum_of_terms),
+    (_LINEAR, weights.meta_order),
+    (_LINEAR, weights.fused_layout),
+    (_LINEAR, weights.bias),
+    (("linear", "norm"), weights.scaled_weight),
+    (("linear", "norm"), weights.other_weight),
+    (_LINEAR, weights.transposed),
+    (("logits",), weights.head),
+    (("linear", "norm", "logits"), weights.wrong_input),
+    (("linear", "rotate", "scores", "mixed"), attention.heads_reordered),
+    (("linear", "norm", "logits"), weights.rounded),
+    ((), generic.rounded_input),
+    ((), generic.zeros),
+    ((), generic.shifted),
+    ((), generic.scaled),
+    ((), generic.rounded_output),
+)

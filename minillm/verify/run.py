@@ -1,0 +1,112 @@
+"""Run both sides, compare, diagnose: from two models to a `Report`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from minillm.config import DecoderConfig
+from minillm.model import Decoder
+from minillm.model.rope import attention_factor, frequencies
+from minillm.verify.compare import Case, Errors, Side, compare
+from minillm.verify.diagnose import diagnose, locate
+from minillm.verify.known_faults import known_fault
+from minillm.verify.reference import Formula
+from minillm.verify.report import Fault, Report
+from minillm.verify.trace import Trace, trace
+from minillm.verify.transformers_oracle import Oracle
+from minillm.verify.transformers_oracle import version as oracle_version
+
+Tell = Callable[[str], None]
+
+
+def verify_models(ours: Decoder, oracle: Oracle, tokens: Tensor, keep: Tensor) -> Report:
+    """Our model against transformers', both in memory: tokens (B, T) int64 · keep (B, T) bool, True on real tokens.
+
+    The truth is the formula with transformers' weights and settings.
+    """
+    recorded = record(ours, tokens, keep)
+    names = (f"minillm {version('minillm')}", f"transformers {oracle_version()}")
+    report = examine(recorded, oracle.record(tokens, keep), oracle_formula(oracle, tokens, keep), names=names)
+    return replace(report, remarks=(*settings_that_differ(ours.config, oracle.config), *report.remarks))
+
+
+def record(model: Decoder, tokens: Tensor, keep: Tensor) -> Trace:
+    """One forward of our model, recorded, without gradients."""
+    with torch.no_grad(), trace(model) as recorded:
+        model(tokens, keep=keep)
+    return recorded
+
+
+def oracle_formula(oracle: Oracle, tokens: Tensor, keep: Tensor) -> Formula:
+    """The formulas with the weights, settings and frequencies that transformers has."""
+    bare = Formula(oracle.config, oracle.parameter, tokens, keep)
+    table, stretch = oracle.frequencies(bare.positions)
+    return replace(bare, frequencies=table, stretch=stretch)
+
+
+def own_formula(model: Decoder, tokens: Tensor, keep: Tensor) -> Formula:
+    """The formulas with the weights, settings and frequencies of one of our own models, for `--against`."""
+    bare, config = Formula(model.config, model.get_parameter, tokens, keep), model.config
+    if config.position != "rotary":
+        return bare
+    table = frequencies(config, int(bare.positions.max()) + 1).to(tokens.device)
+    return replace(bare, frequencies=table, stretch=attention_factor(config))
+
+
+@torch.no_grad()
+def examine(
+    ours: Trace,
+    theirs: Trace,
+    formula: Formula,
+    *,
+    names: tuple[str, str],
+    about: Mapping[str, str] | None = None,
+    tell: Tell | None = None,
+) -> Report:
+    """Compare two traces of the same forward against the formula, diagnose what is out of bound."""
+    started = time.perf_counter()
+    faults: dict[tuple[Side, str], Fault] = {}
+
+    def on_fault(side: Side, case: Case, errors: Errors) -> None:
+        step, key = case.operation, (side, case.operation.short)
+        if key in faults:
+            if step.layer is not None:
+                faults[key] = replace(faults[key], layers=(*faults[key].layers, step.layer))
+            return
+        fault = Fault(step.name, side, errors.local, errors.allowed, layers=() if step.layer is None else (step.layer,))
+        recorded, library = (ours, names[0]) if side == "ours" else (theirs, names[1])
+        faults[key] = explain(fault, case, formula, recorded, library)
+
+    results = []
+    for result in compare(ours, theirs, formula, on_fault=on_fault):
+        results.append(result)
+        if tell is not None:
+            tell(result.operation.name)
+    seconds = {"compare": time.perf_counter() - started}
+    return Report(*names, about or {}, tuple(results), tuple(faults.values()), seconds=seconds)
+
+
+def explain(fault: Fault, case: Case, formula: Formula, recorded: Trace, library: str) -> Fault:
+    """The fault with its cause, place and entry in the list of known ones, as far as they are found."""
+    cause = diagnose(case, formula, recorded)
+    where = locate(case, formula)
+    if cause is None:
+        return replace(fault, where=where)
+    known = known_fault(library.split()[0], case.operation.short, cause.key)
+    return replace(fault, cause=cause.key, text=cause.text, where=where, known=known.name if known else "")
+
+
+def settings_that_differ(ours: DecoderConfig, theirs: DecoderConfig) -> list[str]:
+    """A remark for each field that the two sides read differently. The dialect and rope scaling are not compared."""
+    apart = []
+    for field in fields(DecoderConfig):
+        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        if field.name not in ("family", "rope_scaling") and mine != other:
+            apart.append(f"{field.name} is {mine!r} in ours, {other!r} in transformers'")
+    return apart
