@@ -1,4 +1,4 @@
-"""The `minillm` command: generate, chat, info.
+"""The `minillm` command: generate, chat, info, verify, doctor.
 
 Each subcommand is a dataclass; its fields are the flags, the string under a field its help. An error that is the
 input's fault prints one line and exits with status 2; `--debug` shows where it was raised.
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -29,14 +30,21 @@ from tyro.conf import (
     subcommand,
 )
 
+from minillm.atomic import write_atomically
 from minillm.checkpoint.load import load_model
 from minillm.checkpoint.resolve import resolve
 from minillm.data.tokenizer import Tokenizer
+from minillm.doctor import describe as diagnosis_table
+from minillm.doctor import examine
 from minillm.errors import InputError, MinillmError
 from minillm.generation.generate import Completion, generate, stream
 from minillm.generation.session import Session
 from minillm.info import describe
 from minillm.model import Decoder
+from minillm.verify.checkpoints import Settings, verify
+from minillm.verify.excerpt import parse_layers
+from minillm.verify.heatmap import draw
+from minillm.verify.table import describe as verification_table
 
 _DESCRIPTION = "Load, inspect and run language models by hand-written, readable code. minillm COMMAND --help says more."
 _NOTES = Console(stderr=True, highlight=False)  # progress and remarks; stdout carries the text alone
@@ -234,6 +242,83 @@ class Info(Checkpoint):
         Console(highlight=False).print(describe(folder, self.model, self.allow_pickle, self.ignore))
 
 
+@dataclass
+class Verify(Checkpoint):
+    """Name the first operation that differs from transformers, or from another run, and why.
+
+    minillm verify FOLDER                                      against transformers on the same folder
+    minillm verify FOLDER --layers 0:2                         two layers of a model too large for memory
+    minillm verify FOLDER --against OTHER                      against another folder of the same shape
+    minillm verify FOLDER --save-trace now.trace               keep this run, and later, or on another machine:
+    minillm verify FOLDER --against now.trace --dtype bfloat16
+
+    Every operation is held against its formula in float64. Exit status: 0 all within rounding, 1 a fault, 2 bad input.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format to run in; auto is the checkpoint's own."""
+    tokens: int = 48
+    """Length of the text, random tokens; a second row has a quarter of padding."""
+    layers: str | None = None
+    """FIRST:BEYOND, verify only these layers: 0:2 the first two."""
+    against: str | None = None
+    """Instead of transformers: a folder or id that minillm loads too, or a trace it saved."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """How transformers computes attention."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda, cuda:1."""
+    gradients: bool = False
+    """Also run backward, and verify every gradient."""
+    full: bool = False
+    """Show every operation of every layer."""
+    json: Path | None = None
+    """Write the report as JSON."""
+    png: Path | None = None
+    """Draw errors by layer and operation."""
+    save_trace: Path | None = None
+    """Keep our run for a later --against."""
+
+    def run(self) -> int:
+        settings = Settings(
+            dtype=None if self.dtype == "auto" else self.dtype,
+            tokens=self.tokens,
+            layers=None if self.layers is None else parse_layers(self.layers),
+            attention=self.attention,
+            device=self.device,
+            gradients=self.gradients,
+            allow_pickle=self.allow_pickle,
+            ignore=self.ignore,
+        )
+        folder = resolve(self.model, revision=self.revision, allow_pickle=self.allow_pickle)
+        with _NOTES.status("") as status:
+            tell = status.update
+            report = verify(folder, settings, against=self.against, save_trace=self.save_trace, tell=tell)
+        Console(highlight=False).print(verification_table(report, full=self.full))
+        if self.json is not None:
+            write_atomically(self.json, dumps(report.as_json(), indent=1) + "\n")
+        if self.png is not None:
+            draw(report, self.png)
+        return 0 if report.verdict == "equal" else 1
+
+
+@dataclass
+class Doctor:
+    """What is installed and active, each kernel's self-test, and its speed against the plain torch operation."""
+
+    json: Path | None = None
+    """Write what was found as JSON."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def run(self) -> int:
+        with _NOTES.status("") as status:
+            found = examine(status.update)
+        Console(highlight=False).print(diagnosis_table(found))
+        if self.json is not None:
+            write_atomically(self.json, dumps(found.as_json(), indent=1) + "\n")
+        return 0 if found.healthy else 1
+
+
 def _show(pieces: Iterator[str]) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -262,17 +347,20 @@ Command = Union[  # noqa: UP007  # `|` cannot join Annotated on Python 3.10
     Annotated[Generate, subcommand("generate")],
     Annotated[Chat, subcommand("chat")],
     Annotated[Info, subcommand("info")],
+    Annotated[Verify, subcommand("verify")],
+    Annotated[Doctor, subcommand("doctor")],
 ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C, 141 for a closed pipe."""
+    """Entry point; returns the exit status: 0, 1 for a fault that verify or doctor found, 2 for bad input, 130 after
+    Ctrl-C, 141 for a closed pipe."""
     style = (FlagCreatePairsOff, PositionalMetavarFromFieldName, DisallowNone)
     command: Any = tyro.cli(Command, prog="minillm", description=_DESCRIPTION, args=arguments, config=style)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     try:
-        command.run()
+        return command.run() or 0
     except MinillmError as error:
         if command.debug:
             raise
@@ -287,7 +375,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `minillm generate ... | head`: nobody reads on, and Python would complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
 
 
 if __name__ == "__main__":

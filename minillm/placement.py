@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import torch
 
 from minillm.errors import InputError, nearest
@@ -32,3 +35,12 @@ def as_device(device: torch.device | str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {str(device)!r} cannot be used here ({reason:.80}); choose cpu or another") from error
     return found
+
+
+def available_memory() -> int | None:
+    """Bytes that new allocations can take without swapping, where the system says so (Linux); else None."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None

@@ -15,9 +15,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from minillm.verify.compare import Errors, Result
-from minillm.verify.diagnose import ranges
 from minillm.verify.known_faults import KNOWN_FAULTS
 from minillm.verify.operations import Operation
+from minillm.verify.ranges import ranges
 from minillm.verify.report import Fault, Report
 
 #: What a line ends with and its colour; a layer has that of its gravest operation, so the order counts.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,6 +84,20 @@ def _a_block_off(weight: Tensor, model: Decoder) -> Tensor:
 def _a_number_off(weight: Tensor, model: Decoder) -> Tensor:
     weight[3, 5] += 0.5
     return weight
+
+
+def _not_a_number(weight: Tensor, model: Decoder) -> Tensor:
+    weight[2, 3] = float("nan")
+    return weight
+
+
+def _every_other_row(model: Decoder) -> None:
+    """A fused [gate; up] read as g0 u0 g1 u1 .."""
+    for block in model.blocks:
+        gate, up = block.mlp.gate_proj.weight, block.mlp.up_proj.weight
+        fused = torch.cat((gate, up))
+        gate.copy_(fused[::2])
+        up.copy_(fused[1::2])
 
 
 def _head_zeroed(heads: Tensor, model: Decoder) -> Tensor:
@@ -231,7 +246,7 @@ LOADED: dict[str, Planted] = {
     ),
     "layers in reverse": Planted("falcon_rw", _layers(lambda b: b[::-1]), "blocks.0.attention_norm", "other_weight"),
     "a layer loaded from the one before": Planted(
-        "falcon_7b", _layers(lambda b: [b[0], b[0]]), "blocks.1.attention_norm", "other_weight"
+        "falcon_7b", _layers(lambda b: [b[0], copy.deepcopy(b[0])]), "blocks.1.attention_norm", "other_weight"
     ),
     "o of another layer": Planted(
         "falcon_40b",
@@ -243,6 +258,9 @@ LOADED: dict[str, Planted] = {
         "falcon_7b_untied", weights(lambda m: m.lm_head.weight.copy_(m.embed.weight)), "logits", "tied_head"
     ),
     "head rows one off": Planted("llama_mha", weights(lambda m: m.lm_head.weight.copy_(m.lm_head.weight.roll(1, 0))), "logits"),
+    "gate and up taken from every other row": Planted("llama_gqa_8_2", weights(_every_other_row), f"{_MLP}.gate_proj"),
+    "last rows of the embedding not loaded": Planted("falcon_rw", weights(lambda m: m.embed.weight[100:].zero_()), "embed"),
+    "a NaN in a weight": Planted("falcon_40b", every("v_proj.weight", _not_a_number), _V),
     # biases
     "bias of q missing": Planted("llama_attention_bias", every("q_proj.bias", lambda b, _: 0 * b), _Q, "no_bias"),
     "bias of up missing": Planted("falcon_40b_bias", every("up_proj.bias", lambda b, _: 0 * b), f"{_MLP}.up_proj", "no_bias"),
@@ -259,11 +277,11 @@ LOADED: dict[str, Planted] = {
     "head 1% large": Planted("falcon_40b_untied", every("lm_head.weight", lambda w, _: 1.01 * w), "logits", "scaled"),
     "a value head zeroed": Planted("llama_mha", every("v_proj.weight", _q_heads(_head_zeroed)), _V, "zero"),
     "down not loaded": Planted("mistral", every("1.mlp.down_proj.weight", lambda w, _: 0 * w), "blocks.1.mlp.down_proj", "zero"),
-    "all weights through bfloat16": Planted("llama_gqa_8_2", every("", lambda w, _: through(torch.bfloat16)(w)), "embed", "weight_rounded"),
+    "all weights through bfloat16": Planted("llama_gqa_8_2", every("", lambda w, _: through(torch.bfloat16)(w)), "embed", "weight_rounded|output_rounded"),
     "linear weights through bfloat16": Planted("falcon_rw", every("proj.weight", lambda w, _: through(torch.bfloat16)(w)), _Q, "weight_rounded"),
     "linear weights through float16": Planted("falcon_40b", every("proj.weight", lambda w, _: through(torch.float16)(w)), _Q, "weight_rounded"),
     "norm weights through bfloat16": Planted("llama_mha", every("norm.weight", lambda w, _: through(torch.bfloat16)(w)), "blocks.0.attention_norm", "weight_rounded"),
-    "weights through int8": Planted("llama_mha", every("proj.weight", _to_int8), _Q),
+    "weights through int8": Planted("llama_mha", every("proj.weight", _to_int8), _Q, "weight_rounded"),
     "an adapter left merged": Planted("falcon_7b", every("v_proj.weight", _low_rank), _V),
     # settings
     "eps 1e-5 for 1e-6": Planted("llama_mha", misread(norm_eps=1e-5), "blocks.0.attention_norm", "eps"),
