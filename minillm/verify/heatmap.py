@@ -53,7 +53,9 @@ def draw(report: Report, path: str | Path) -> None:
 
 
 def _title(report: Report) -> str:
-    what = ", ".join((f"{report.ours} against {report.theirs}", *report.about.values()))
+    what = ", ".join(
+        [f"{report.ours} against {report.theirs}", *(f"{key} {value}" for key, value in report.about.items())]
+    )
     first = report.first
     found = "no operation differs beyond rounding" if first is None else f"first fault: {first.operation}, {first.side}"
     return f"{textwrap.fill(what, 120)}\n{found}"
@@ -175,10 +177,11 @@ def _draw_drift(axes: Any, results: Sequence[Result]) -> None:
         beyond = [n for n, x in enumerate(values) if x is not None and not math.isfinite(x)]
         if beyond:
             label += " (x: not finite)"
-            axes.plot(beyond, [top] * len(beyond), "x", color=colour, clip_on=False, zorder=3)
+            axes.plot(beyond, [top] * len(beyond), "x", color=colour, markersize=4 * width, clip_on=False, zorder=3)
         if any(values):  # equal bits have no logarithm
             found = [x if x and math.isfinite(x) else math.nan for x in values]
-            axes.plot(found, color=colour, linestyle=line, linewidth=width, marker=".", label=label)
+            style = {"linestyle": line, "linewidth": width, "marker": ".", "markersize": 4 * width}
+            axes.plot(found, color=colour, label=label, **style)
     axes.set(yscale="log", ylim=(10.0 ** math.floor(math.log10(min(visible))), top))
     axes.minorticks_off()
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100) if len(rows) <= 20 * step)

@@ -165,7 +165,7 @@ def test_an_operation_in_full(reports: dict[str, Report]) -> None:
     assert between is not None
     assert float(line[3]) == pytest.approx(between.relative, rel=0.1)
     assert float(line[4]) == pytest.approx(between.largest, rel=0.1)
-    assert line[5] == "0"  # scaled, so of the same direction
+    assert float(line[5]) < 1e-4 < float(line[3])  # scaled, so of the same direction
     assert len(line[6]) == len(ULPS) + 1
     assert [letter != "." for letter in line[6]] == [count > 0 for count in between.ulps]
     assert line[7:] == ["OURS", "WRONG"]
@@ -193,6 +193,14 @@ def test_verdicts_in_words(
         lines = [line for line in printed(report, full=full).splitlines() if " logits " in f" {line}"]
         assert sum(line.endswith("  " + word) for line in lines) == 1 + full
     assert ("both alike: " in printed(report)) == (word == "both alike")
+
+
+def test_the_worst_is_wrong_first_and_then_by_its_worse_side() -> None:
+    kinds: list[tuple[float, float, Verdict]] = [(0.5, 0.5, "noise"), (0.9, 0.1, "noise"), (7.0, 7.0, "noise")]
+    level, uneven, alike = (one(errors(ours), errors(theirs), verdict).results for ours, theirs, verdict in kinds)
+    wrong = one(errors(0.1), errors(3.0), "theirs")
+    assert rows(replace(wrong, results=level + uneven), "after")[0][2:4] == ["0.90", "0.10"]
+    assert rows(replace(wrong, results=alike + wrong.results), "after")[0][2:4] == ["0.10", "3.00"]
 
 
 def test_a_layer_wrong_on_both_sides_in_different_places() -> None:
@@ -275,26 +283,40 @@ def size(path: Path) -> tuple[int, int]:
     return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
 
 
-def reddish(path: Path) -> tuple[int, int]:
-    """How many pixels beyond 1 (orange to dark red) the left and the right panel have; the colour bar left out."""
+def panels(path: Path) -> Any:
+    """The coloured cells of a picture of few layers, as numbers (rows, columns, red green blue) from 0 to 1."""
     from matplotlib.image import imread
 
     picture = imread(path)[:, :, :3]
     height, width = picture.shape[:2]
-    panels = picture[height // 8 : height // 3, : int(0.92 * width)]
-    red = (panels[..., 0] > 0.45) & (panels[..., 2] < 0.3)
-    half = panels.shape[1] // 2
+    return picture[height // 8 : height // 3, : int(0.92 * width)]  # the colour bar is right of them
+
+
+def reddish(path: Path) -> tuple[int, int]:
+    """How many pixels beyond 1 (orange to dark red) the left and the right panel have."""
+    cells = panels(path)
+    red = (cells[..., 0] > 0.45) & (cells[..., 2] < 0.3)
+    half = cells.shape[1] // 2
     return int(red[:, :half].sum()), int(red[:, half:].sum())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["theirs", "infinite", "partial"])
 def test_the_picture_shows_the_side_that_is_wrong(reports: dict[str, Report], kind: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     draw(reports[kind], tmp_path / "verify.png")
     assert size(tmp_path / "verify.png") == (1800, 780)
     ours, theirs = reddish(tmp_path / "verify.png")
-    assert (ours > 500) == (kind in ("ours", "infinite"))
+    assert (ours > 500) == (kind == "infinite")
     assert (theirs > 500) == (kind == "theirs")
+
+
+def test_the_first_fault_is_circled(reports: dict[str, Report], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    draw(reports["theirs"], tmp_path / "circled.png")
+    draw(replace(reports["theirs"], faults=()), tmp_path / "plain.png")
+    circled, plain = (panels(tmp_path / name) for name in ("circled.png", "plain.png"))
+    black = [int((picture.max(-1) < 0.2).sum()) for picture in (circled, plain)]
+    assert 200 < black[0] - black[1] < 800  # a ring, not a disc
 
 
 def test_the_picture_of_many_layers_is_higher_within_reason(reports: dict[str, Report], tmp_path: Path) -> None:
@@ -337,7 +359,10 @@ def written(report: Report) -> Any:
     return json.loads(json.dumps(report.as_json(), allow_nan=False))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.xfail(strict=True)] if kind == "infinite" else []) for kind in KINDS],
+)
 def test_reports_fit_the_schema(reports: dict[str, Report], kind: str, valid: Callable[[Any], bool]) -> None:
     report = reports[kind]
     assert valid(written(report))

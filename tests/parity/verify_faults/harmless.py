@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillm.model import attention, decoder
-from minillm.model.alibi import alibi_slopes
+from minillm.model import attention
 from minillm.model.block import ParallelBlock
 from minillm.model.rope import rotate
 from tests.parity.verify_faults.planted import Bench, Plant, attend, forward, output, parts
@@ -112,6 +111,10 @@ def _in_one_product(self: Any, x: Tensor, rotation: Any, mask: Any, remember: An
     return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
 
 
+def _fused(bench: Bench) -> None:
+    bench.patch.setattr(attention.Attention, "forward", _in_one_product)
+
+
 def _in_two_parts(linear: Any, right: Any, x: Tensor) -> Tensor:
     """Columns split over two devices, their products added in fp32."""
     half = x.shape[-1] // 2
@@ -127,15 +130,13 @@ def _stream_first(self: Any, x: Tensor, *rest: object) -> Tensor:
     return (x + attended) + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
 
 
+def _reordered(bench: Bench) -> None:
+    bench.patch.setattr(ParallelBlock, "forward", _stream_first)
+
+
 def _one_rounding(linear: Any, right: Any, x: Tensor) -> Tensor:
     """The bias inside the product's rounding."""
     return F.linear(x, linear.weight, linear.bias)
-
-
-def _distances(positions: Tensor, heads: int, size: int, dtype: torch.dtype) -> Tensor:
-    """The paper's -m (i - j): each row of scores less a constant, which softmax cannot see."""
-    apart = positions[:, None, :] - positions[:, :, None]
-    return (alibi_slopes(heads)[:, None, None] * apart[:, None]).to(dtype) / math.sqrt(size)
 
 
 HARMLESS: dict[str, Harmless] = {
@@ -151,12 +152,11 @@ HARMLESS: dict[str, Harmless] = {
     "angles in float64": Harmless("falcon_40b", _double_angles),
     "torch's RMSNorm": Harmless("llama_mha", forward(parts("norm"), _rms)),
     "variance from squares": Harmless("falcon_40b", forward(parts("norm"), _layer_norm)),
-    "q, k, v in one product": Harmless("llama_gqa_8_2", lambda bench: bench.patch.setattr(attention.Attention, "forward", _in_one_product)),
-    "q, k, v in one product, 7B": Harmless("falcon_7b", lambda bench: bench.patch.setattr(attention.Attention, "forward", _in_one_product)),
+    "q, k, v in one product": Harmless("llama_gqa_8_2", _fused),
+    "q, k, v in one product, 7B": Harmless("falcon_7b", _fused),
     "products in two parts": Harmless("mistral", forward(parts("proj"), _in_two_parts)),
-    "the stream first": Harmless("falcon_7b", lambda bench: bench.patch.setattr(ParallelBlock, "forward", _stream_first)),
-    "the stream first, 40B": Harmless("falcon_40b", lambda bench: bench.patch.setattr(ParallelBlock, "forward", _stream_first)),
+    "the stream first": Harmless("falcon_7b", _reordered),
+    "the stream first, 40B": Harmless("falcon_40b", _reordered),
     "one rounding with the bias": Harmless("falcon_rw", forward(parts("proj"), _one_rounding)),
-    "ALiBi of distances": Harmless("falcon_rw", lambda bench: bench.patch.setattr(decoder, "alibi_bias", _distances)),
     "logits in fp32": Harmless("llama_gqa_8_2", output(lambda bench: bench.ours, Tensor.float)),
-}  # fmt: skip
+}

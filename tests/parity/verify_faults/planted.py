@@ -1,7 +1,7 @@
 """What a planted fault is, and the few ways in which one is planted.
 
-A fault goes into a copy of our model, into a copy of transformers' model, or by monkeypatching into our code, our loader
-or theirs. Where it shows first and why is written down beforehand, from what the fault is, not from what is found.
+A fault goes into a copy of our model, into a copy of transformers' model, or by monkeypatching into the code of either.
+Where it shows first and why is written down beforehand, from what the fault is, not from what is found.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ Plant = Callable[[Bench], object]
 class Planted:
     """A fault, and what `minillm verify` must say of it.
 
-    operation: the first one that is wrong. cause: its key, or several that say the same, joined by "|"; empty where there
-    is no formula to name (a flipped number, dropout), and then none may be named. length: tokens in a row.
+    operation: the first one that is wrong. cause: its key, or several that say the same, joined by "|"; empty where
+    there is no formula to name (a number changed, dropout), and then none may be named. length: tokens in a row.
     """
 
     variant: str
@@ -160,3 +160,8 @@ def parts(ending: str) -> Callable[[Bench], list[nn.Module]]:
 def through(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Rounded to another dtype and back."""
     return lambda x: x.to(dtype).to(x.dtype)
+
+
+def one_late(x: Tensor, dim: int = 1) -> Tensor:
+    """Moved one token along, the first one twice."""
+    return torch.cat((x.narrow(dim, 0, 1), x.narrow(dim, 0, x.shape[dim] - 1)), dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from tests.parity.verify_faults.planted import Bench, Plant, Planted, both, forward, output, through
 
 _HALF = torch.bfloat16
-_Q, _NORM, _MLP, _SCORES = "blocks.0.attention.q_proj", "blocks.0.attention_norm", "blocks.0.mlp", "blocks.0.attention.scores"
+_Q, _NORM, _MLP = "blocks.0.attention.q_proj", "blocks.0.attention_norm", "blocks.0.mlp"
+_ROTATED, _SCORES = "blocks.0.attention.q_rotated", "blocks.0.attention.scores"
 
 
 def _kind(ending: str) -> Callable[[Bench], list[Any]]:
@@ -86,62 +88,111 @@ def _offset(norm: Any, right: Any, x: Tensor) -> Tensor:
     return right(x) * (1 + 1 / norm.weight)
 
 
-def _ids_off(right: Any, ids: Tensor) -> Tensor:
+def _ids_off(embed: Any, right: Any, ids: Tensor) -> Tensor:
     return right((ids + 1) % 131)
+
+
+def _rounded_weight(linear: Any, right: Any, x: Tensor) -> Tensor:
+    return F.linear(x, through(_HALF)(linear.weight))
+
+
+def _transposed(linear: Any, right: Any, x: Tensor) -> Tensor:
+    return F.linear(x, linear.weight.T)
+
+
+def _half_alibi(right: Any, *args: Any, **kwargs: Any) -> Tensor:
+    return right(*args, **kwargs) / 2
+
+
+def _alibi_of_slots(right: Any, mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return right(torch.ones_like(mask), *args, **kwargs)
+
+
+def _capped(logits: Tensor) -> Tensor:
+    return 30 * torch.tanh(logits / 30)
 
 
 def _bias_again(linear: Any, right: Any, x: Tensor) -> Tensor:
     return right(x) + linear.bias
 
 
+_Theirs = partial(Planted, side="theirs")
+
 THEIRS: dict[str, Planted] = {
-    name: Planted(variant, plant, operation, cause, side="theirs", **rest)
-    for name, (variant, plant, operation, cause, rest) in {
-        "their eps": ("llama_mha", _set(_kind("RMSNorm"), "variance_epsilon", 1e-4), _NORM, "eps", {}),
-        "their LayerNorm's eps": ("falcon_40b", _set(_kind("LayerNorm"), "eps", 1e-3), _NORM, "eps", {}),
-        "their norm weight added to 1": ("mistral", forward(_kind("RMSNorm"), _offset), _NORM, "offset_weight", {}),
-        "their theta": ("falcon_7b", _frequencies(lambda f: 5e5 ** (-torch.arange(0, 8, 2) / 8)), "rotary.cos", "theta", {}),
-        "their llama3 scaling dropped": ("llama_rope_llama3", _frequencies(_default_frequencies), "rotary.cos", "scaling", {}),
-        "their linear scaling dropped": ("llama_rope_linear", _frequencies(lambda f: 4 * f), "rotary.cos", "scaling", {}),
-        "their yarn without its stretch": ("llama_rope_yarn", _set(_kind("RotaryEmbedding"), "attention_scaling", 1.0), "rotary.cos", "stretch", {}),
-        "their frequencies in bfloat16": ("llama_gqa_8_2", _frequencies(through(_HALF)), "rotary.cos", "frequencies_rounded", {}),
-        "their whole model cast to bfloat16": (
-            "llama_gqa_8_2", lambda bench: bench.theirs.model.to(_HALF), "rotary.cos", "frequencies_rounded", {"dtype": _HALF, "length": 320}
+    "their eps": _Theirs("llama_mha", _set(_kind("RMSNorm"), "variance_epsilon", 1e-4), _NORM, "eps"),
+    "their LayerNorm's eps": _Theirs("falcon_40b", _set(_kind("LayerNorm"), "eps", 1e-3), _NORM, "eps"),
+    "their norm weight added to 1": _Theirs("mistral", forward(_kind("RMSNorm"), _offset), _NORM, "offset_weight"),
+    "their theta": _Theirs(
+        "falcon_7b", _frequencies(lambda f: 5e5 ** (-torch.arange(0, 8, 2) / 8)), "rotary.cos", "theta"
+    ),
+    "their llama3 scaling dropped": _Theirs(
+        "llama_rope_llama3", _frequencies(_default_frequencies), "rotary.cos", "scaling"
+    ),
+    "their linear scaling dropped": _Theirs(
+        "llama_rope_linear", _frequencies(lambda f: 4 * f), "rotary.cos", "scaling"
+    ),
+    "their yarn without its stretch": _Theirs(
+        "llama_rope_yarn", _set(_kind("RotaryEmbedding"), "attention_scaling", 1.0), "rotary.cos", "stretch"
+    ),
+    "their frequencies in bfloat16": _Theirs(
+        "llama_gqa_8_2", _frequencies(through(_HALF)), "rotary.cos", "frequencies_rounded"
+    ),
+    "their whole model cast to bfloat16": _Theirs(
+        "llama_gqa_8_2",
+        lambda bench: bench.theirs.model.to(_HALF),
+        "rotary.cos",
+        "frequencies_rounded",
+        dtype=_HALF,
+        length=320,
+    ),
+    "their rotation interleaved": _Theirs(
+        "falcon_7b", _patch("apply_rotary_pos_emb", _interleaved), _ROTATED, "interleaved"
+    ),
+    "their pairs neighbours, their angles not": _Theirs(
+        "falcon_40b", _patch("rotate_half", lambda _, x: _turned_in_pairs(x)), _ROTATED, "interleaved"
+    ),
+    "their scale": _Theirs("llama_head_dim", _set(_kind("Attention"), "scaling", 8**-0.5), _SCORES, "scale"),
+    "their mask sees the next token": _Theirs(
+        "llama_mha", _patch("create_causal_mask", _see_the_next), _SCORES, "mask"
+    ),
+    "their padding visible": _Theirs("falcon_40b", _patch("create_causal_mask", _see_padding), _SCORES, "mask"),
+    "their ALiBi halved": _Theirs("falcon_rw", _patch("build_alibi_tensor", _half_alibi), _SCORES, "alibi"),
+    "their ALiBi counts pads": _Theirs(
+        "falcon_rw", _patch("build_alibi_tensor", _alibi_of_slots), _SCORES, "positions|alibi"
+    ),
+    "their activation": _Theirs(
+        "llama_mha", _set(_kind("MLP"), "act_fn", torch.nn.GELU()), f"{_MLP}.inner", "activation"
+    ),
+    "their gelu's tanh form": _Theirs(
+        "falcon_7b", _set(_kind("MLP"), "act", torch.nn.GELU(approximate="tanh")), f"{_MLP}.inner", "activation"
+    ),
+    "their q 1% large": _Theirs(
+        "llama_gqa_8_2", output(_named("0.self_attn.q_proj"), lambda x: 1.01 * x), _Q, "scaled"
+    ),
+    "their down's weight in bfloat16": _Theirs(
+        "llama_mha", forward(_named("down_proj"), _rounded_weight), f"{_MLP}.down_proj", "weight_rounded"
+    ),
+    "their dense transposed": _Theirs(
+        "falcon_7b", forward(_named("dense"), _transposed), "blocks.0.attention.o_proj", "transposed"
+    ),
+    "their bias twice": _Theirs(
+        "falcon_rw", forward(_named("dense_h_to_4h"), _bias_again), f"{_MLP}.up_proj", "bias_twice"
+    ),
+    "their norm output in bfloat16": _Theirs(
+        "falcon_40b", output(_named("ln_mlp"), through(_HALF)), "blocks.0.mlp_norm", "output_rounded"
+    ),
+    "their token ids one off": _Theirs("llama_mha", forward(_named("embed_tokens"), _ids_off), "embed", "token_ids"),
+    "their logits capped": _Theirs("mistral", output(_named("lm_head"), _capped), "logits", "softcap"),
+    "their stream in bfloat16": _Theirs(
+        "falcon_7b", output(_named("h.1"), lambda out: (through(_HALF)(out[0]), *out[1:])), "blocks.1", "output_rounded"
+    ),
+    "theirs, and ours later": _Theirs(
+        "llama_gqa_8_2",
+        both(
+            _set(_kind("RMSNorm"), "variance_epsilon", 1e-4),
+            output(lambda bench: bench.ours, _capped),
         ),
-        "their rotation interleaved": ("falcon_7b", _patch("apply_rotary_pos_emb", _interleaved), "blocks.0.attention.q_rotated", "interleaved", {}),
-        "their pairs neighbours, their angles not": ("falcon_40b", _patch("rotate_half", lambda _, x: _turned_in_pairs(x)), "blocks.0.attention.q_rotated", "interleaved", {}),
-        "their scale": ("llama_head_dim", _set(_kind("Attention"), "scaling", 8**-0.5), _SCORES, "scale", {}),
-        "their mask sees the next token": ("llama_mha", _patch("create_causal_mask", _see_the_next), _SCORES, "mask", {}),
-        "their padding visible": ("falcon_40b", _patch("create_causal_mask", _see_padding), _SCORES, "mask", {}),
-        "their ALiBi halved": ("falcon_rw", _patch("build_alibi_tensor", lambda right, *args, **kwargs: right(*args, **kwargs) / 2), _SCORES, "alibi", {}),
-        "their ALiBi counts pads": (
-            "falcon_rw",
-            _patch("build_alibi_tensor", lambda right, mask, *args, **kwargs: right(torch.ones_like(mask), *args, **kwargs)),
-            _SCORES,
-            "positions|alibi",
-            {},
-        ),
-        "their activation": ("llama_mha", _set(_kind("MLP"), "act_fn", torch.nn.GELU()), f"{_MLP}.inner", "activation", {}),
-        "their gelu's tanh form": ("falcon_7b", _set(_kind("MLP"), "act", torch.nn.GELU(approximate="tanh")), f"{_MLP}.inner", "activation", {}),
-        "their q 1% large": ("llama_gqa_8_2", output(_named("0.self_attn.q_proj"), lambda x: 1.01 * x), _Q, "scaled", {}),
-        "their down's weight in bfloat16": (
-            "llama_mha", forward(_named("down_proj"), lambda p, _, x: F.linear(x, through(_HALF)(p.weight))), f"{_MLP}.down_proj", "weight_rounded", {}
-        ),
-        "their dense transposed": ("falcon_7b", forward(_named("dense"), lambda p, _, x: F.linear(x, p.weight.T)), "blocks.0.attention.o_proj", "transposed", {}),
-        "their bias twice": ("falcon_rw", forward(_named("dense_h_to_4h"), _bias_again), f"{_MLP}.up_proj", "bias_twice", {}),
-        "their norm output in bfloat16": ("falcon_40b", output(_named("ln_mlp"), through(_HALF)), "blocks.0.mlp_norm", "output_rounded", {}),
-        "their token ids one off": ("llama_mha", forward(_named("embed_tokens"), lambda _, right, ids: _ids_off(right, ids)), "embed", "token_ids", {}),
-        "their logits capped": ("mistral", output(_named("lm_head"), lambda x: 30 * torch.tanh(x / 30)), "logits", "softcap", {}),
-        "their stream in bfloat16": ("falcon_7b", output(_named("h.1"), lambda out: (through(_HALF)(out[0]), *out[1:])), "blocks.1", "output_rounded", {}),
-        "theirs, and ours later": (
-            "llama_gqa_8_2",
-            both(
-                _set(_kind("RMSNorm"), "variance_epsilon", 1e-4),
-                output(lambda bench: bench.ours, lambda x: 30 * torch.tanh(x / 30)),
-            ),
-            _NORM,
-            "eps",
-            {},
-        ),
-    }.items()
-}  # fmt: skip
+        _NORM,
+        "eps",
+    ),
+}

@@ -117,6 +117,18 @@ def _low_rank(weight: Tensor, model: Decoder) -> Tensor:
     return weight + 0.02 * up @ down
 
 
+def _times(ending: str, factor: float) -> Plant:
+    return every(ending, lambda weight, _: factor * weight)
+
+
+def _rounded(ending: str, dtype: torch.dtype) -> Plant:
+    return every(ending, lambda weight, _: through(dtype)(weight))
+
+
+def _copied(to: str, source: str, change: Callable[[Tensor], Tensor] = torch.clone) -> Plant:
+    return weights(lambda model: model.get_parameter(to).copy_(change(model.get_parameter(source))))
+
+
 def _layers(change: Callable[[list[Any]], list[Any]]) -> Plant:
     """Our layers in another order; each keeps its place in the trace."""
     return weights(lambda model: setattr(model, "blocks", torch.nn.ModuleList(change(list(model.blocks)))))
@@ -169,12 +181,15 @@ def _thirds_innermost(fused: Tensor, config: Any) -> Sequence[Tensor]:
 
 
 _Q, _K, _V, _O = (f"blocks.0.attention.{letter}_proj" for letter in "qkvo")
-_MLP = "blocks.0.mlp"
+_NORM, _MLP = "blocks.0.attention_norm", "blocks.0.mlp"
 
 LOADED: dict[str, Planted] = {
     # order of rows and columns
     "q and k in Meta's order": Planted(
-        "llama_gqa_8_2", both(every("q_proj.weight", _metas_order), every("k_proj.weight", _metas_order)), _Q, "meta_order"
+        "llama_gqa_8_2",
+        both(every("q_proj.weight", _metas_order), every("k_proj.weight", _metas_order)),
+        _Q,
+        "meta_order",
     ),
     "q and k permuted twice": Planted(
         "llama_mha", both(every("q_proj.weight", _twice), every("k_proj.weight", _twice)), _Q, "meta_order"
@@ -237,59 +252,75 @@ LOADED: dict[str, Planted] = {
     ),
     "ln_attn and ln_mlp swapped": Planted(
         "falcon_40b",
-        swapped(*((f"blocks.{n}.attention_norm.{x}", f"blocks.{n}.mlp_norm.{x}") for n in (0, 1) for x in ("weight", "bias"))),
-        "blocks.0.attention_norm",
+        swapped(*((f"blocks.0.attention_norm.{leaf}", f"blocks.0.mlp_norm.{leaf}") for leaf in ("weight", "bias"))),
+        _NORM,
         "other_weight",
     ),
     "two layers swapped": Planted(
         "llama_deep", _layers(lambda b: [b[0], b[3], b[2], b[1], b[4]]), "blocks.1.attention_norm", "other_weight"
     ),
-    "layers in reverse": Planted("falcon_rw", _layers(lambda b: b[::-1]), "blocks.0.attention_norm", "other_weight"),
+    "layers in reverse": Planted("falcon_rw", _layers(lambda b: b[::-1]), _NORM, "other_weight"),
     "a layer loaded from the one before": Planted(
         "falcon_7b", _layers(lambda b: [b[0], copy.deepcopy(b[0])]), "blocks.1.attention_norm", "other_weight"
     ),
     "o of another layer": Planted(
         "falcon_40b",
-        weights(lambda m: m.blocks[1].attention.o_proj.weight.copy_(m.blocks[0].attention.o_proj.weight)),
+        _copied("blocks.1.attention.o_proj.weight", f"{_O}.weight"),
         "blocks.1.attention.o_proj",
         "other_weight",
     ),
     "an untied head tied": Planted(
-        "falcon_7b_untied", weights(lambda m: m.lm_head.weight.copy_(m.embed.weight)), "logits", "tied_head"
+        "falcon_7b_untied", _copied("lm_head.weight", "embed.weight"), "logits", "tied_head"
     ),
-    "head rows one off": Planted("llama_mha", weights(lambda m: m.lm_head.weight.copy_(m.lm_head.weight.roll(1, 0))), "logits"),
+    "head rows one off": Planted(
+        "llama_mha", _copied("lm_head.weight", "lm_head.weight", lambda w: w.roll(1, 0)), "logits"
+    ),
     "gate and up taken from every other row": Planted("llama_gqa_8_2", weights(_every_other_row), f"{_MLP}.gate_proj"),
-    "last rows of the embedding not loaded": Planted("falcon_rw", weights(lambda m: m.embed.weight[100:].zero_()), "embed"),
+    "last rows of the embedding not loaded": Planted(
+        "falcon_rw", weights(lambda m: m.embed.weight[100:].zero_()), "embed"
+    ),
     "a NaN in a weight": Planted("falcon_40b", every("v_proj.weight", _not_a_number), _V),
     # biases
-    "bias of q missing": Planted("llama_attention_bias", every("q_proj.bias", lambda b, _: 0 * b), _Q, "no_bias"),
-    "bias of up missing": Planted("falcon_40b_bias", every("up_proj.bias", lambda b, _: 0 * b), f"{_MLP}.up_proj", "no_bias"),
+    "bias of q missing": Planted("llama_attention_bias", _times("q_proj.bias", 0), _Q, "no_bias"),
+    "bias of up missing": Planted("falcon_40b_bias", _times("up_proj.bias", 0), f"{_MLP}.up_proj", "no_bias"),
     "bias of the last norm missing": Planted("falcon_7b", weights(lambda m: m.norm.bias.zero_()), "norm", "no_bias"),
-    "bias of down twice": Planted("falcon_rw", every("down_proj.bias", lambda b, _: 2 * b), f"{_MLP}.down_proj", "bias_twice"),
-    "bias of o twice": Planted("llama_all_bias", every("o_proj.bias", lambda b, _: 2 * b), _O, "bias_twice"),
+    "bias of down twice": Planted("falcon_rw", _times("down_proj.bias", 2), f"{_MLP}.down_proj", "bias_twice"),
+    "bias of o twice": Planted("llama_all_bias", _times("o_proj.bias", 2), _O, "bias_twice"),
     # values
-    "a block of a weight off": Planted("llama_mha", every("blocks.1.mlp.down_proj.weight", _a_block_off), "blocks.1.mlp.down_proj"),
+    "a block of a weight off": Planted(
+        "llama_mha", every("blocks.1.mlp.down_proj.weight", _a_block_off), "blocks.1.mlp.down_proj"
+    ),
     "one number of a weight off": Planted("falcon_40b", every("k_proj.weight", _a_number_off), _K),
-    "q 1% large": Planted("llama_gqa_8_2", every("1.attention.q_proj.weight", lambda w, _: 1.01 * w), "blocks.1.attention.q_proj", "scaled"),
-    "down 1% small": Planted("falcon_7b", every("down_proj.weight", lambda w, _: 0.99 * w), f"{_MLP}.down_proj", "scaled"),
-    "embedding 1% large": Planted("llama_mha", every("embed.weight", lambda w, _: 1.01 * w), "embed", "scaled"),
-    "norm weight 1% large": Planted("falcon_rw", every("0.mlp_norm.weight", lambda w, _: 1.01 * w), "blocks.0.mlp_norm", "scaled"),
-    "head 1% large": Planted("falcon_40b_untied", every("lm_head.weight", lambda w, _: 1.01 * w), "logits", "scaled"),
+    "q 1% large": Planted(
+        "llama_gqa_8_2", _times("1.attention.q_proj.weight", 1.01), "blocks.1.attention.q_proj", "scaled"
+    ),
+    "down 1% small": Planted("falcon_7b", _times("down_proj.weight", 0.99), f"{_MLP}.down_proj", "scaled"),
+    "embedding 1% large": Planted("llama_mha", _times("embed.weight", 1.01), "embed", "scaled"),
+    "norm weight 1% large": Planted("falcon_rw", _times("0.mlp_norm.weight", 1.01), "blocks.0.mlp_norm", "scaled"),
+    "head 1% large": Planted("falcon_40b_untied", _times("lm_head.weight", 1.01), "logits", "scaled"),
     "a value head zeroed": Planted("llama_mha", every("v_proj.weight", _q_heads(_head_zeroed)), _V, "zero"),
-    "down not loaded": Planted("mistral", every("1.mlp.down_proj.weight", lambda w, _: 0 * w), "blocks.1.mlp.down_proj", "zero"),
-    "all weights through bfloat16": Planted("llama_gqa_8_2", every("", lambda w, _: through(torch.bfloat16)(w)), "embed", "weight_rounded|output_rounded"),
-    "linear weights through bfloat16": Planted("falcon_rw", every("proj.weight", lambda w, _: through(torch.bfloat16)(w)), _Q, "weight_rounded"),
-    "linear weights through float16": Planted("falcon_40b", every("proj.weight", lambda w, _: through(torch.float16)(w)), _Q, "weight_rounded"),
-    "norm weights through bfloat16": Planted("llama_mha", every("norm.weight", lambda w, _: through(torch.bfloat16)(w)), "blocks.0.attention_norm", "weight_rounded"),
+    "down not loaded": Planted("mistral", _times("1.mlp.down_proj.weight", 0), "blocks.1.mlp.down_proj", "zero"),
+    "all weights through bfloat16": Planted(
+        "llama_gqa_8_2", _rounded("", torch.bfloat16), "embed", "weight_rounded|output_rounded"
+    ),
+    "linear weights through bfloat16": Planted(
+        "falcon_rw", _rounded("proj.weight", torch.bfloat16), _Q, "weight_rounded"
+    ),
+    "linear weights through float16": Planted(
+        "falcon_40b", _rounded("proj.weight", torch.float16), _Q, "weight_rounded"
+    ),
+    "norm weights through bfloat16": Planted(
+        "llama_mha", _rounded("norm.weight", torch.bfloat16), _NORM, "weight_rounded"
+    ),
     "weights through int8": Planted("llama_mha", every("proj.weight", _to_int8), _Q, "weight_rounded"),
     "an adapter left merged": Planted("falcon_7b", every("v_proj.weight", _low_rank), _V),
     # settings
-    "eps 1e-5 for 1e-6": Planted("llama_mha", misread(norm_eps=1e-5), "blocks.0.attention_norm", "eps"),
-    "eps 1e-6 for 1e-5": Planted("falcon_7b", misread(norm_eps=1e-6), "blocks.0.attention_norm", "eps"),
-    "eps 1e-5 for 1e-3": Planted("llama_eps", misread(norm_eps=1e-5), "blocks.0.attention_norm", "eps"),
-    "eps of 1e-12": Planted("falcon_40b", misread(norm_eps=1e-12), "blocks.0.attention_norm", "eps"),
+    "eps 1e-5 for 1e-6": Planted("llama_mha", misread(norm_eps=1e-5), _NORM, "eps"),
+    "eps 1e-6 for 1e-5": Planted("falcon_7b", misread(norm_eps=1e-6), _NORM, "eps"),
+    "eps 1e-5 for 1e-3": Planted("llama_eps", misread(norm_eps=1e-5), _NORM, "eps"),
+    "eps of 1e-12": Planted("falcon_40b", misread(norm_eps=1e-12), _NORM, "eps"),
     "gelu read as its tanh form": Planted("falcon_7b", misread(activation="gelu_tanh"), f"{_MLP}.inner", "activation"),
     "tanh gelu read as gelu": Planted("falcon_gelu_tanh", misread(activation="gelu"), f"{_MLP}.inner", "activation"),
     "silu for gelu": Planted("llama_gelu", misread(activation="silu"), f"{_MLP}.inner", "activation"),
     "relu for silu": Planted("mistral", misread(activation="relu"), f"{_MLP}.inner", "activation"),
-}  # fmt: skip
+}
