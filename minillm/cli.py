@@ -257,7 +257,7 @@ class Verify(Checkpoint):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format to run in; auto is the checkpoint's own."""
-    tokens: int = 48
+    tokens: int = 32
     """Length of the text, random tokens; a second row has a quarter of padding."""
     layers: str | None = None
     """FIRST:BEYOND, verify only these layers: 0:2 the first two."""

@@ -53,7 +53,7 @@ class Settings:
     """How to verify. tokens: of the longer of two rows; attention: transformers' implementation of it."""
 
     dtype: str | None = None  # None: the checkpoint's own
-    tokens: int = 48
+    tokens: int = 32
     layers: Layers | None = None
     attention: str = "sdpa"
     device: str = "cpu"

@@ -45,6 +45,8 @@ def diagnose(case: Case, formula: Formula, trace: Trace) -> Cause | None:
 
 def locate(case: Case, formula: Formula) -> str:
     """Where the wrong numbers are, if they are not everywhere: tokens, heads or columns; empty if everywhere."""
+    if case.found.shape != case.exact.shape:
+        return ""
     apart = (case.found.double() - case.exact).nan_to_num(torch.inf, torch.inf, torch.inf).abs()
     scale = case.exact.nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt()
     allowed = 8 * bound(tokens_of(case.plain, formula.keep), tokens_of(case.exact, formula.keep), case.dtype)

@@ -68,13 +68,17 @@ class Report:
             "ours": self.ours,
             "theirs": self.theirs,
             "about": dict(self.about),
-            "faults": [{**vars(fault), "layers": list(fault.layers)} for fault in self.faults],
+            "faults": [_fault(fault) for fault in self.faults],
             "remarks": list(self.remarks),
             "operations": [_result(result) for result in self.results],
             "gradients": [_result(result) for result in self.gradients],
             "ulp_edges": list(ULPS),
             "seconds": dict(self.seconds),
         }
+
+
+def _fault(fault: Fault) -> dict[str, Any]:
+    return {name: _number(value) if isinstance(value, float | tuple) else value for name, value in vars(fault).items()}
 
 
 def _result(result: Result) -> dict[str, Any]:
