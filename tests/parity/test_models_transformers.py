@@ -17,6 +17,7 @@ from minillm.model import Decoder
 from tests import tiny
 from tests.conftest import Pair
 from tests.error import assert_near, assert_rule_of_two
+from tests.explained import explained
 
 pytestmark = pytest.mark.oracle
 
@@ -28,7 +29,7 @@ EVERY = pytest.mark.parametrize("name", tiny.VARIANTS)
 def test_logits(pair: Pairs, name: str) -> None:
     _, theirs, ours = pair(name)
     tokens = tiny.tokens(2, 100)  # beyond the original context of every stretched rope
-    with torch.no_grad():
+    with explained(ours, theirs, tokens), torch.no_grad():
         assert_near(ours(tokens), theirs(tokens).logits)
 
 
@@ -41,7 +42,7 @@ def test_cached_decoding(pair: Pairs, name: str) -> None:
     variant, theirs, ours = pair(name)
     tokens = tiny.tokens(2, 67)
     cache, past, found, expected = ours.new_cache(2, 67), None, [], []
-    with torch.no_grad():
+    with explained(ours, theirs, tokens), torch.no_grad():
         for start, end in ((0, 40), (40, 46), *((t, t + 1) for t in range(46, 67))):
             found.append(ours(tokens[:, start:end], cache=cache))
             out = theirs(tokens[:, start:end], past_key_values=past, use_cache=True)
@@ -58,7 +59,7 @@ def test_left_padded_rows_equal_single_rows(pair: Pairs, name: str) -> None:
     rows = [tiny.tokens(1, length, seed=length)[0].tolist() for length in (3, 17, 40)]
     tokens, keep = left_pad(rows)
     more = tiny.tokens(3, 1)
-    with torch.no_grad():
+    with explained(ours, theirs, tokens, keep), torch.no_grad():
         padded = ours(tokens, keep=keep)
         theirs_padded = theirs(
             tokens, attention_mask=keep.long(), position_ids=(keep.cumsum(1) - 1).clamp(min=0)
@@ -80,7 +81,8 @@ def test_64_greedy_tokens(pair: Pairs, name: str) -> None:
     prompt = tiny.tokens(1, 30)
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=64)
     found = minillm.generate(ours, None, prompt[0].tolist(), max_new_tokens=64)
-    assert found[0].tokens == expected[0, 30:].tolist()
+    with explained(ours, theirs, prompt):
+        assert found[0].tokens == expected[0, 30:].tolist()
 
 
 @EVERY
@@ -108,7 +110,7 @@ def test_bfloat16_bits(pair: Pairs, name: str, tmp_path: Any) -> None:
     half = type(theirs).from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     ours = minillm.load_model(folder, dtype="bfloat16")
     tokens = tiny.tokens(2, 24)
-    with torch.no_grad():
+    with explained(ours, half, tokens), torch.no_grad():
         found, plain = ours(tokens), half(tokens).logits
         if ours.config.family == "falcon" and ours.config.num_kv_heads == 1:
             assert_rule_of_two(found, plain, minillm.load_model(folder, dtype="float64")(tokens), "bf16 logits")

@@ -24,6 +24,7 @@ from minillm.model.rope import Rotary
 from tests import tiny
 from tests.conftest import Pair
 from tests.error import assert_near
+from tests.explained import explained
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.oracle
@@ -268,3 +269,16 @@ def test_the_check_sees_what_is_no_number() -> None:
     assert_near(reference * (1 + 9e-6), reference)
     with pytest.raises(AssertionError):
         assert_near(reference * (1 + 2e-5), reference)
+
+
+def test_a_red_test_names_the_operation(pair: Pairs) -> None:
+    made = pair("llama_gqa_8_4")
+    ours = spoilt(made.ours, permute_k_as_q)
+    with pytest.raises(AssertionError, match="largest value away") as caught, explained(ours, made.theirs, TOKENS):
+        check(made, ours)
+    assert "blocks.0.attention.k_proj, ours" in str(caught.value) and "un-permuted with 8 heads" in str(caught.value)
+    with (
+        pytest.raises(AssertionError, match="every operation of this forward"),
+        explained(made.ours, made.theirs, TOKENS),
+    ):
+        raise AssertionError("something else")
