@@ -5,8 +5,11 @@ for piece in minillm.stream(model, tokenizer, "Write a poem about Valencia.", to
     print(piece, end="", flush=True)
 logits = model(tokens)                                                           # (B, T) -> (B, T, V)
 minillm.save(model, "out/", tokenizer=tokenizer)                                 # a folder transformers loads
+with minillm.verify.trace(model) as recorded:                                    # name -> tensor, every operation
+    model(tokens)
 """
 
+from minillm import verify
 from minillm.checkpoint.load import load, load_model
 from minillm.checkpoint.save import save
 from minillm.config import DecoderConfig
@@ -29,4 +32,5 @@ __all__ = [
     "load_model",
     "save",
     "stream",
+    "verify",
 ]

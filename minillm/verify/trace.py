@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from minillm.atomic import write_atomically
@@ -89,16 +87,20 @@ class Trace(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write everything but statistics to one safetensors file, which `Trace.load` reads."""
+        from safetensors.torch import save  # not at the top: `import minillm` stays light
+
         kept = {f"value/{name}": x for name, x in self.tensors.items()}
         kept |= {f"gradient/{name}": x for name, x in self.gradients.items()}
         kept |= {f"input/{name}": x for name in ("tokens", "keep") if (x := getattr(self, name)) is not None}
         ready = {name: x.cpu().contiguous() for name, x in kept.items()}
         about = {"format": _FORMAT, "order": json.dumps(list(self.tensors)), "about": json.dumps(self.about)}
-        write_atomically(path, serialise(ready, metadata=about))
+        write_atomically(path, save(ready, metadata=about))
 
     @staticmethod
     def load(path: str | Path) -> Trace:
         """A trace that `save` wrote. Raises InputError for any other file."""
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
