@@ -20,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+#: Masks fill with -inf, a dtype's least number, -1e9 or -1e4. To softmax all are the same: exp is 0 below -104.
+HIDDEN = -5000.0
+
 _MATMULS: tuple[object, ...] = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm)
 _SOFTMAXES: tuple[object, ...] = (F.softmax, torch.softmax, torch.Tensor.softmax)
 
@@ -67,8 +70,7 @@ class AttentionCalls(TorchFunctionMode):
             return _from_fused(self._fused, heads, groups)
         if self._scores is not None and len(self._products) == 2:
             (q, k_transposed), (weights, _) = self._products
-            hidden = self._scores <= torch.finfo(q.dtype).min / 2
-            scores = self._scores.masked_fill(hidden, -math.inf)
+            scores = self._scores.masked_fill(self._scores <= HIDDEN, -math.inf)
             return Seen(q, distinct(k_transposed.mT, groups), scores, weights)
         return None
 
@@ -100,8 +102,7 @@ def _from_fused(call: Fused, heads: int, groups: int) -> Seen:
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, -math.inf)
     elif mask is not None:
-        hidden = mask <= torch.finfo(mask.dtype).min / 2
-        scores = (scores + mask.double()).masked_fill(hidden, -math.inf)
+        scores = (scores + mask.double()).masked_fill(mask <= HIDDEN, -math.inf)
     return Seen(q, distinct(call.key, groups), scores, scores.softmax(dim=-1))
 
 

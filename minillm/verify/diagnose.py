@@ -28,9 +28,9 @@ from minillm.verify.trace import Trace
 def diagnose(case: Case, formula: Formula, trace: Trace) -> Cause | None:
     """The first candidate that reproduces what was recorded, or None: then `locate` at least says where."""
     scene, keep = Scene(case, formula, trace), formula.keep
-    exact, found = tokens_of(case.exact, keep), tokens_of(case.found, keep)
     if case.found.shape != case.exact.shape:
-        return Cause("shape", f"nowhere: its shape is {tuple(case.found.shape)}, not {tuple(case.exact.shape)}")
+        return Cause("shape", f"in nothing: its shape is {tuple(case.found.shape)}, not {tuple(case.exact.shape)}")
+    exact, found = tokens_of(case.exact, keep), tokens_of(case.found, keep)
     allowed = 2 * bound(tokens_of(case.plain, keep), exact, case.dtype)  # its own plain formula is not computed
     wrong = distance(found, exact)
     for kinds, generate in GENERATORS:

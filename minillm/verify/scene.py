@@ -64,9 +64,20 @@ class Scene:
         """The operation with its parameters (name, value) replaced."""
         return self.compute(parameter=lambda name: changed(name, self.formula.parameter(name)))
 
+    def bias(self) -> Tensor | None:
+        """The bias of a linear operation in float64, or None."""
+        config = self.formula.config
+        has = config.attention_bias if ".attention." in self.name else config.mlp_bias
+        return self.formula.parameter(f"{self.name}.bias").double() if has else None
+
     def recorded(self, name: str) -> Tensor | None:
         """What this side recorded under a name, in float64."""
         return self.trace[name].double() if name in self.trace else None
 
 
 Generator = Callable[[Scene], Iterator[Candidate]]
+
+
+def only(leaf: str, change: Callable[[Tensor], Tensor]) -> Callable[[str, Tensor], Tensor]:
+    """For `Scene.with_parameter`: change parameters whose name ends with `leaf`, weight or bias."""
+    return lambda name, value: change(value) if name.endswith(leaf) else value

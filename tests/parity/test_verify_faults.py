@@ -35,29 +35,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Found, on the right side, but without the cause that is written in the table.
 UNDIAGNOSED = frozenset(
     (
-        "v permuted like q and k",
-        "columns of o in another order of heads",
-        "all heads transposed",
-        "40B's fused bias in three blocks",
-        "biases of k and v swapped",
-        "linear weights through bfloat16",
-        "keys one token late",
-        "hidden by -10",
-        "mask multiplied",
-        "ALiBi's slopes of 6 heads as of a power",
-        "softmax in bfloat16",
-        "softmax step by step in bfloat16",
+        "softmax step by step in bfloat16",  # by hand, without a softmax to watch
         "softmax of base 2",
-        "tokens one late",
-        "eps outside the root",
-        "RMSNorm for LayerNorm",
-        "stream one token late",
-        "logits one token late",
-        "their pairs neighbours, their angles not",
     )
 )
-#: Right in effect, and called faulty: a finite number is not -inf, though softmax makes the same 0 of both.
-CALLED_FAULTY = {"hidden by -1e9": (torch.float32, torch.bfloat16), "hidden by -1e4": DTYPES}
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +116,7 @@ def test_the_score() -> None:
     with_cause = [name for name, fault in FAULTS.items() if fault.cause]
     named = [name for name in with_cause if name not in UNDIAGNOSED]
     assert set(with_cause) >= UNDIAGNOSED
-    assert (len(FAULTS), len(with_cause), len(named)) == (225, 204, 185)
+    assert (len(FAULTS), len(with_cause), len(named)) == (225, 204, 202)
 
 
 def by_turns(names: Iterable[str], every: int = 1) -> list[object]:
@@ -160,11 +141,7 @@ def test_another_way_to_compute_the_same_is_no_fault(bench: MakeBench, name: str
     made = bench(other.variant, dtype)
     other.plant(made)
     first = verify(made).first
-    if dtype in CALLED_FAULTY.get(name, ()):
-        assert first is not None, "no longer: take it out of CALLED_FAULTY"
-        assert first.operation == "blocks.0.attention.scores"
-    else:
-        assert first is None, first
+    assert first is None, first
 
 
 @pytest.mark.parametrize("name", ["falcon_rw", "falcon_7b_alibi"])

@@ -6,7 +6,7 @@ formula as one more candidate in the file of its operation.
 
 from __future__ import annotations
 
-from minillm.verify.causes import attention, generic, positions, stream, weights
+from minillm.verify.causes import attention, generic, orders, positions, stream, weights
 from minillm.verify.scene import Generator
 
 _LINEAR = ("linear",)
@@ -22,12 +22,13 @@ GENERATORS: tuple[tuple[tuple[str, ...], Generator], ...] = (
     (("mixed",), attention.mixed),
     (("inner",), stream.activation),
     (("add", "parallel_add"), stream.sum_of_terms),
-    (_LINEAR, weights.meta_order),
-    (_LINEAR, weights.fused_layout),
+    (_LINEAR, orders.meta_order),
+    (_LINEAR, orders.fused_layout),
     (_LINEAR, weights.bias),
     (("linear", "norm"), weights.scaled_weight),
     (("linear", "norm"), weights.other_weight),
-    (_LINEAR, weights.transposed),
+    (_LINEAR, orders.transposed),
+    (_LINEAR, orders.input_heads),
     (("logits",), weights.head),
     (("linear", "norm", "logits"), weights.wrong_input),
     (("linear", "rotate", "scores", "mixed"), attention.heads_reordered),

@@ -29,6 +29,7 @@ def scores(scene: Scene) -> Iterator[Candidate]:
 
     right = raw / root + bias / root
     yield Candidate("mask", describe_mask(seen, scene), masked(right, seen))
+    yield from _soft_mask(scene, right)
     if config.num_kv_heads not in (1, config.num_heads):
         text = "with key heads shared in turn (repeat), not in groups (repeat_interleave)"
         tiled = q @ k.repeat(1, config.heads_per_group, 1, 1).mT
@@ -38,6 +39,18 @@ def scores(scene: Scene) -> Iterator[Candidate]:
             yield Candidate("alibi", text, masked(raw / root + other / root))
         yield from _alibi_positions(scene, raw, root)
     yield from _scaled(scene, raw, bias)
+
+
+def _soft_mask(scene: Scene, right: Tensor) -> Iterator[Candidate]:
+    """What may not be seen got a number that softmax still sees."""
+    hidden = ~scene.formula.visible() & scene.formula.keep[:, None, :, None]
+    extra = (scene.case.found.double() - right)[hidden.expand_as(right)]
+    if len(extra) and bool(extra.isfinite().all()):
+        added = float(extra.mean())
+        text = f"with {added:.4g} added where a query may not look"
+        yield Candidate("mask", text, torch.where(scene.formula.visible(), right, right + added))
+    text = "with scores times the mask: 0 where a query may not look"
+    yield Candidate("mask", text, right * scene.formula.visible())
 
 
 def describe_mask(seen: Tensor, scene: Scene) -> str:
@@ -78,13 +91,10 @@ def _other_alibi(scene: Scene, raw: Tensor, root: float) -> Iterator[tuple[str, 
     yield "with ALiBi's sign turned", -right
     yield "with slopes and positions not rounded to bfloat16", slopes * positions
     yield "with the slopes of heads in reverse order", right.flip(1)
-    yield (
-        "with slopes 2^(-8h/H) for a number of heads that is no power of two",
-        positions
-        * torch.tensor([2 ** (-8 * (h + 1) / heads) for h in range(heads)], dtype=torch.float64, device=raw.device)[
-            :, None, None
-        ],
-    )
+    smooth = torch.tensor([2 ** (-8 * (h + 1) / heads) for h in range(heads)], device=raw.device)[:, None, None]
+    text = "with slopes 2^(-8h/H) for a number of heads that is no power of two"
+    yield text, (smooth.bfloat16() * positions.bfloat16()).double()
+    yield f"{text}, not rounded", smooth.double() * positions
     yield "with distances in place of positions, which softmax cannot tell", slopes * (index - index[:, None])
     yield "with distances, of the wrong sign", slopes * (index[:, None] - index)
 

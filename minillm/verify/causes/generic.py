@@ -29,11 +29,13 @@ def rounded_output(scene: Scene) -> Iterator[Candidate]:
     """Every recorded number is one of a smaller format, and as near the right one as that format allows."""
     found, keep = scene.case.found, scene.formula.keep
     for dtype in _coarser(scene):
-        whole = tokens_of(found.to(dtype).to(found.dtype), keep).equal(tokens_of(found, keep))
-        exact = tokens_of(scene.case.exact, keep)
-        near = distance(tokens_of(found, keep), exact) <= 2 * distance(exact.to(dtype).double(), exact)
-        if whole and near:
-            yield Candidate("output_rounded", f"rounded to {str(dtype)[6:]}", found.double())
+        if not tokens_of(found.to(dtype).to(found.dtype), keep).equal(tokens_of(found, keep)):
+            continue
+        coarse = scene.compute([x.to(dtype).double() for x in scene.inputs()])
+        for text, output in (("rounded", scene.case.exact), ("with all it reads rounded", coarse)):
+            exact = tokens_of(output, keep)
+            if distance(tokens_of(found, keep), exact) <= 2 * distance(exact.to(dtype).double(), exact):
+                yield Candidate("output_rounded", f"{text} to {str(dtype)[6:]}", found.double())
 
 
 def zeros(scene: Scene) -> Iterator[Candidate]:
@@ -50,9 +52,19 @@ def shifted(scene: Scene) -> Iterator[Candidate]:
     """Right numbers at the wrong token or row."""
     axis = 2 if scene.case.exact.ndim == 4 else 1
     for step, text in ((1, "one token late"), (-1, "one token early")):
-        yield Candidate("shifted", text, scene.case.exact.roll(step, dims=axis))
+        yield Candidate("shifted", text, _moved(scene, step, axis))
     if len(scene.case.exact) > 1:
         yield Candidate("shifted", "with rows of the batch exchanged", scene.case.exact.roll(1, dims=0))
+
+
+def _moved(scene: Scene, step: int, axis: int) -> torch.Tensor:
+    """The right output at the next token; the first of a row, for which there is none, as recorded."""
+    moved = scene.case.exact.roll(step, dims=axis)
+    numbers = scene.formula.keep.long().cumsum(dim=1)
+    edge = (numbers == 1) if step > 0 else (numbers == numbers.amax(dim=1, keepdim=True))  # (B, T)
+    shape = [edge.shape[0], *[1] * (moved.ndim - 1)]
+    shape[axis] = edge.shape[1]
+    return torch.where(edge.view(shape), scene.case.found.double(), moved)
 
 
 def scaled(scene: Scene) -> Iterator[Candidate]:

@@ -133,6 +133,10 @@ def rotation(scene: Scene) -> Iterator[Candidate]:
     yield Candidate(
         "interleaved", "with pairs (2i, 2i + 1) rotated, Meta's way, on half-split rows", _pairs(heads, cos, sin)
     )
+    halves = torch.stack((-heads[..., 1::2], heads[..., ::2]), dim=-1).flatten(-2)
+    if halves.shape[-1] == cos.shape[-1]:
+        text = "with pairs (2i, 2i + 1) exchanged, but cos and sin of half-split pairs"
+        yield Candidate("interleaved", text, heads * cos[:, None] + halves * sin[:, None])
     yield Candidate("reversed", "rotated backwards", scene.compute([x, cos, -sin]))
     yield Candidate("rotated_twice", "rotated twice", scene.compute([scene.compute(), cos, sin]))
     yield Candidate("swapped", "with cos and sin exchanged", scene.compute([x, sin, cos]))

@@ -1,4 +1,4 @@
-"""Faults of parameters: rows in another order, another parameter's numbers, a bias or an eps that is not the file's."""
+"""Faults of parameters: another one's numbers, a scale, a bias or an eps that is not the file's; and of inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minillm.verify.compare import tokens_of
-from minillm.verify.scene import Candidate, Scene
+from minillm.verify.scene import Candidate, Scene, only
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _EPS = (0.0, 1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
@@ -41,13 +41,26 @@ def norm_settings(scene: Scene) -> Iterator[Candidate]:
         ("offset_weight", "with 1 taken from the weight", lambda w: w - 1),
         ("no_weight", "without the weight", torch.ones_like),
     ):
-        yield Candidate(key, text, scene.with_parameter(_only("weight", change)))
+        yield Candidate(key, text, scene.with_parameter(only("weight", change)))
+    yield from _eps_outside(scene)
     yield Candidate("not_normed", "left out: the input came through", scene.inputs()[0])
     if scene.formula.config.norm == "layer":
-        yield Candidate("no_bias", "without the bias", scene.with_parameter(_only("bias", torch.zeros_like)))
-        yield Candidate("other_norm", "as RMSNorm: the mean not taken off", scene.with_config(norm="rms"))
+        yield Candidate("no_bias", "without the bias", scene.with_parameter(only("bias", torch.zeros_like)))
+        rms, offset = scene.with_config(norm="rms"), scene.formula.parameter(f"{scene.name}.bias").double()
+        yield Candidate("other_norm", "as RMSNorm: neither mean nor bias", rms)
+        yield Candidate("other_norm", "as RMSNorm: the mean not taken off", rms + offset)
         return
     yield Candidate("other_norm", "as LayerNorm: the mean taken off", _as_layer_norm(scene))
+
+
+def _eps_outside(scene: Scene) -> Iterator[Candidate]:
+    x, config = scene.inputs()[0], scene.formula.config
+    centred = x - x.mean(-1, keepdim=True) if config.norm == "layer" else x
+    root = centred.square().mean(-1, keepdim=True)
+    ratio = (root + config.norm_eps).sqrt() / (root.sqrt() + config.norm_eps)
+    offset = scene.formula.parameter(f"{scene.name}.bias").double() if config.norm == "layer" else 0.0
+    text = "with eps added to the root, not under it"
+    yield Candidate("eps", text, (scene.case.exact - offset) * ratio + offset)
 
 
 def _with_eps(scene: Scene, eps: float) -> Tensor:
@@ -67,121 +80,12 @@ def _as_layer_norm(scene: Scene) -> Tensor:
     return scene.compute(parameter=parameter, config=replace(scene.formula.config, norm="layer"))
 
 
-def _only(leaf: str, change: Callable[[Tensor], Tensor]) -> Callable[[str, Tensor], Tensor]:
-    return lambda name, value: change(value) if name.endswith(leaf) else value
-
-
-# --- rows of q, k and v
-
-
-def half_split(rows: Tensor, heads: int) -> Tensor:
-    """Meta's order of a head's rows (pairs side by side) -> half-split: (heads E, ..) -> same."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def interleaved(rows: Tensor, heads: int) -> Tensor:
-    """The inverse of `half_split`."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def meta_order(scene: Scene) -> Iterator[Candidate]:
-    """Meta pairs numbers 2i and 2i + 1 of a head, Hugging Face i and i + E/2; loaders reorder the rows of q and k."""
-    part, config = scene.case.operation.short, scene.formula.config
-    if part not in ("q_proj", "k_proj") or config.head_size % 2:
-        return
-    queries, own = config.num_heads, config.num_heads if part == "q_proj" else config.num_kv_heads
-    rows = torch.arange(scene.case.exact.shape[-1])
-    metas = interleaved(rows, own)
-    orders = [
-        ("meta_order", f"with {part} in Meta's order of rows: Meta-format weights read as Hugging Face's", metas),
-        ("meta_order", f"with {part} reordered from Meta's order, in which it was not", half_split(rows, own)),
-    ]
-    if own != queries and len(rows) % (2 * queries) == 0:
-        wrong = f"with {part} un-permuted with {queries} heads; it has n_kv_heads = {own}"
-        orders += [
-            ("permuted_with_heads", f"{wrong} (Meta-format weights)", half_split(metas, queries)),
-            ("permuted_with_heads", wrong, half_split(rows, queries)),
-            (
-                "permuted_with_heads",
-                f"with {part} permuted with {queries} heads; it has {own}",
-                interleaved(rows, queries),
-            ),
-        ]
-    for key, text, order in orders:
-        yield from _reordered(scene, key, text, order.to(scene.case.exact.device))
-
-
-def _reordered(scene: Scene, key: str, text: str, order: Tensor) -> Iterator[Candidate]:
-    """Rows of the weight in another order, those of the bias too or not: outputs in that order."""
-    exact = scene.case.exact
-    yield Candidate(key, text, exact[..., order])
-    offset = _bias_of(scene)
-    if offset is not None:
-        yield Candidate(key, f"{text}, its bias not", (exact - offset)[..., order] + offset)
-
-
-def _bias_of(scene: Scene) -> Tensor | None:
-    """The float64 bias of a linear operation, or None."""
-    config = scene.formula.config
-    has = config.attention_bias if ".attention." in scene.name else config.mlp_bias
-    return scene.formula.parameter(f"{scene.name}.bias").double() if has else None
-
-
-def fused_layout(scene: Scene) -> Iterator[Candidate]:
-    """Falcon's query_key_value: for each key/value head its query heads, then k, then v. Read in other ways:"""
-    part, config = scene.case.operation.short, scene.formula.config
-    if part not in _QKV or config.family != "falcon":
-        return
-    outputs = [scene.formula.linear(scene.inputs()[0], name=scene.name.replace(part, name)) for name in _QKV]
-    everything = torch.cat(outputs, dim=-1)
-    each, groups, size = config.heads_per_group, config.num_kv_heads, config.head_size
-    ids = torch.arange(everything.shape[-1], device=everything.device)
-    q, k, v = ids.split([groups * each * size, groups * size, groups * size])
-    fused = torch.cat((q.view(groups, each, size), k.view(groups, 1, size), v.view(groups, 1, size)), dim=1).flatten()
-    index = _QKV.index(part)
-    for text, read in (
-        ("as all of q, then all of k, then all of v", _as_blocks),
-        ("with key/value heads innermost", _groups_inside),
-        ("as k, v, then the query heads", _keys_first),
-        ("as [q, k, v] of each number of a head", _numbers_inside),
-    ):
-        chosen = read(fused, each, groups, size)
-        if chosen is not None:
-            text_ = f"with the fused query_key_value read {text}"
-            yield Candidate("fused_layout", text_, everything[..., chosen[index]])
-
-
-_Parts = tuple[Tensor, Tensor, Tensor]
-
-
-def _as_blocks(fused: Tensor, each: int, groups: int, size: int) -> _Parts:
-    q, k, v = fused.split([groups * each * size, groups * size, groups * size])
-    return q, k, v
-
-
-def _groups_inside(fused: Tensor, each: int, groups: int, size: int) -> _Parts:
-    rows = fused.view(each + 2, groups, size)
-    return rows[:each].flatten(), rows[each].flatten(), rows[each + 1].flatten()
-
-
-def _keys_first(fused: Tensor, each: int, groups: int, size: int) -> _Parts:
-    rows = fused.view(groups, each + 2, size)
-    return rows[:, 2:].flatten(), rows[:, 0].flatten(), rows[:, 1].flatten()
-
-
-def _numbers_inside(fused: Tensor, each: int, groups: int, size: int) -> _Parts | None:
-    if each != 1:
-        return None
-    rows = fused.view(groups, size, 3)
-    return rows[..., 0].flatten(), rows[..., 1].flatten(), rows[..., 2].flatten()
-
-
 # --- whole weights
 
 
 def bias(scene: Scene) -> Iterator[Candidate]:
     """The bias left out or added twice."""
-    offset = _bias_of(scene)
+    offset = scene.bias()
     if offset is not None:
         yield Candidate("no_bias", "without the bias", scene.case.exact - offset)
         yield Candidate("bias_twice", "with the bias added twice", scene.case.exact + offset)
@@ -189,9 +93,7 @@ def bias(scene: Scene) -> Iterator[Candidate]:
 
 def scaled_weight(scene: Scene) -> Iterator[Candidate]:
     """A factor on the weight that the bias does not have."""
-    has_bias = (
-        scene.formula.config.norm == "layer" if scene.case.operation.kind == "norm" else _bias_of(scene) is not None
-    )
+    has_bias = scene.formula.config.norm == "layer" if scene.case.operation.kind == "norm" else scene.bias() is not None
     if not has_bias:
         return
     offset = scene.formula.parameter(f"{scene.name}.bias").double()
@@ -210,6 +112,7 @@ def other_weight(scene: Scene) -> Iterator[Candidate]:
         if layer is not None and 0 <= other < layers:
             names.append(scene.name.replace(f"blocks.{layer}.", f"blocks.{other}.", 1))
     shape = _shape(scene, scene.name)
+    own_bias = scene.bias() if scene.case.operation.kind == "linear" else None
     for name in dict.fromkeys(names):
         if name != scene.name and _shape(scene, name) == shape:
             yield Candidate(
@@ -217,6 +120,9 @@ def other_weight(scene: Scene) -> Iterator[Candidate]:
                 f"with the parameters of {name}",
                 scene.compute(parameter=lambda own, name=name: scene.formula.parameter(own.replace(scene.name, name))),
             )
+            if own_bias is not None:
+                offset = scene.formula.parameter(f"{name}.bias").double()
+                yield Candidate("other_weight", f"with the bias of {name}", scene.case.exact - own_bias + offset)
 
 
 _SIBLINGS = (
@@ -234,21 +140,6 @@ def _shape(scene: Scene, name: str) -> tuple[int, ...] | None:
         return tuple(scene.formula.parameter(f"{name}.weight").shape)
     except (KeyError, AttributeError):
         return None
-
-
-def transposed(scene: Scene) -> Iterator[Candidate]:
-    """The whole weight, or the square of one head, with rows for columns."""
-    weight = scene.formula.parameter(f"{scene.name}.weight")
-    if weight.shape[0] != weight.shape[1]:
-        return
-    yield Candidate("transposed", "with the weight transposed", scene.with_parameter(_only("weight", lambda w: w.T)))
-    x, exact, size = scene.inputs()[0], scene.case.exact, scene.formula.config.head_size
-    for head in range(weight.shape[0] // size if ".attention." in scene.name else 0):
-        part = slice(head * size, (head + 1) * size)
-        square = weight[part, part].double()
-        output = exact.clone()
-        output[..., part] += x[..., part] @ (square - square.T)
-        yield Candidate("head_transposed", f"with the square of head {head} transposed", output)
 
 
 def head(scene: Scene) -> Iterator[Candidate]:
@@ -301,10 +192,16 @@ def rounded(scene: Scene) -> Iterator[Candidate]:
     for dtype in (torch.bfloat16, torch.float16):
         if torch.finfo(dtype).eps > torch.finfo(scene.case.dtype).eps:
             output = scene.with_parameter(_through(dtype))
-            yield Candidate("weight_rounded", f"with the weight rounded to {str(dtype)[6:]}", output)
+            yield Candidate("weight_rounded", f"with the parameters rounded to {str(dtype)[6:]}", output)
+            alone = scene.with_parameter(only("weight", _to(dtype)))
+            yield Candidate("weight_rounded", f"with the weight rounded to {str(dtype)[6:]}, its bias not", alone)
     if scene.case.operation.kind == "linear":
-        output = scene.with_parameter(_only("weight", _through_int8))
+        output = scene.with_parameter(only("weight", _through_int8))
         yield Candidate("weight_rounded", "with the weight rounded to int8, one scale a row", output)
+
+
+def _to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda weight: weight.to(dtype)
 
 
 def _through(dtype: torch.dtype) -> Callable[[str, Tensor], Tensor]:
