@@ -75,7 +75,7 @@ ALONE = {"minillm.model": (*BASE, "minillm.ops", "minillm.model")}
 ORACLES = ("transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 MAY_IMPORT_ORACLES = "minillm.verify.transformers_oracle"
 MAY_MAKE_ENVIRONMENTS = "minillm.data.sandbox"
-MAY_PRINT = ("minillm.cli", "minillm.training.recipe")
+MAY_PRINT = ("minillm.cli", "minillm.cli.terminal", "minillm.cli.write", "minillm.training.recipe")
 #: The tokenizers library raises bare Exception for every fault of a file.
 MAY_CATCH_ALL = ("minillm.data.tokenizer",)
 LONGEST_FUNCTION, LONGEST_FILE = 60, 400

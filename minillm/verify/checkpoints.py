@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -42,10 +42,8 @@ from minillm.verify.comparable import (
 from minillm.verify.excerpt import Layers, write_excerpt
 from minillm.verify.reference import Formula
 from minillm.verify.report import Report
-from minillm.verify.run import examine, oracle_formula, own_formula, record, settings_that_differ
+from minillm.verify.run import Tell, examine, oracle_formula, own_formula, record, settings_that_differ, silent
 from minillm.verify.trace import Trace
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def verify(
     *,
     against: str | Path | None = None,
     save_trace: Path | None = None,
-    tell: Tell = lambda _: None,
+    tell: Tell = silent,
 ) -> Report:
     """Verify a Hugging Face id or folder, against transformers or another run of ours; `tell` hears what is going on.
 
@@ -142,7 +140,7 @@ def _with_another(
         check_trace(other, model.config, (str(folder), str(against)))
     else:
         check_same_shape(model.config, its_config, (str(folder), str(against)))
-    tell("running")
+    tell("minillm: running")
     ours = record(model, tokens, keep)
     ours.about["dtype"] = str(model.embed.weight.dtype)[6:]
     if save_trace is not None:
@@ -197,9 +195,13 @@ def _record_ours(
 
 
 def _load(folder: Path, settings: Settings, tell: Tell) -> Decoder:
-    tell("minillm: loading")
     model = load_model(
-        folder, dtype=settings.dtype, device=settings.device, allow_pickle=settings.allow_pickle, ignore=settings.ignore
+        folder,
+        dtype=settings.dtype,
+        device=settings.device,
+        allow_pickle=settings.allow_pickle,
+        ignore=settings.ignore,
+        report=lambda done, total: tell("minillm: loading", done, total),
     )
     check_finite(model, folder)
     return model

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from importlib.metadata import version
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,16 +14,25 @@ from torch import Tensor
 from minillm.config import DecoderConfig
 from minillm.model import Decoder
 from minillm.model.rope import attention_factor, frequencies
-from minillm.verify.compare import Case, Errors, Side, compare
+from minillm.verify.compare import Case, Errors, Result, Side, compare
 from minillm.verify.diagnose import diagnose, locate
 from minillm.verify.known_faults import known_fault
+from minillm.verify.operations import operations
 from minillm.verify.reference import Formula
 from minillm.verify.report import Fault, Report
 from minillm.verify.trace import Trace, trace
 from minillm.verify.transformers_oracle import Oracle
 from minillm.verify.transformers_oracle import version as oracle_version
 
-Tell = Callable[[str], None]
+
+class Tell(Protocol):
+    """Hears what is going on, and how much of it is done, if that is known."""
+
+    def __call__(self, what: str, done: int = 0, total: int | None = None) -> None: ...
+
+
+def silent(what: str, done: int = 0, total: int | None = None) -> None:
+    """Tells nobody."""
 
 
 def verify_models(ours: Decoder, oracle: Oracle, tokens: Tensor, keep: Tensor) -> Report:
@@ -67,7 +77,7 @@ def examine(
     *,
     names: tuple[str, str],
     about: Mapping[str, str] | None = None,
-    tell: Tell | None = None,
+    tell: Tell = silent,
 ) -> Report:
     """Compare two traces of the same forward against the formula, diagnose what is out of bound."""
     started = time.perf_counter()
@@ -83,11 +93,11 @@ def examine(
         recorded, library = (ours, names[0]) if side == "ours" else (theirs, names[1])
         faults[key] = explain(fault, case, formula, recorded, library)
 
-    results = []
+    results: list[Result] = []
+    total = len(operations(formula.config))
     for result in compare(ours, theirs, formula, on_fault=on_fault):
         results.append(result)
-        if tell is not None:
-            tell(result.operation.name)
+        tell("comparing operations", len(results), total)
     seconds = {"compare": time.perf_counter() - started}
     return Report(*names, about or {}, tuple(results), tuple(faults.values()), seconds=seconds)
 

@@ -11,6 +11,7 @@ import pytest
 
 import minillm
 from minillm import cli
+from minillm.cli import write
 from tests import tiny_checkpoint
 
 
@@ -125,7 +126,7 @@ def test_ctrl_c_ends_generate_quietly(
         yield "some"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "stream", interrupted)
+    monkeypatch.setattr(write, "stream", interrupted)
     assert cli.main(["generate", str(folder), "x"]) == 130
     assert capsys.readouterr().out == "some\n"
 
