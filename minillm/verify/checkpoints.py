@@ -118,7 +118,7 @@ def _with_transformers(
     tell("transformers: running")
     theirs, formula = oracle.record(tokens, keep), oracle_formula(oracle, tokens, keep)
     names = (f"minillm {version('minillm')}", f"transformers {transformers_oracle.version()}")
-    about = {"dtype": str(dtype)[6:], "attention": settings.attention}
+    about = {"dtype": str(dtype)[6:], "attention": settings.attention, "weights of": "transformers"}
     report = examine(ours, theirs, formula, names=names, about=about, tell=tell)
     return replace(report, remarks=(*settings_that_differ(config, oracle.config), *report.remarks))
 
@@ -149,7 +149,8 @@ def _with_another(
     other = _to(other, settings.device)
     dtypes = [str(trace["embed"].dtype)[6:] for trace in (ours, other)]
     about = {"dtype": dtypes[0] if dtypes[0] == dtypes[1] else " against ".join(dtypes)}
-    names = (Path(folder).name or str(folder), Path(against).name or str(against))
+    names = (folder.resolve().name, Path(against).resolve().name)
+    about["weights of"] = names[0]
     return examine(ours, other, formula, names=names, about=about, tell=tell)
 
 
@@ -178,8 +179,9 @@ def _folder(name_or_folder: str | Path, settings: Settings, tell: Tell) -> Itera
         return
     with tempfile.TemporaryDirectory() as temporary:
         tell(f"copying layers {settings.layers.first}:{settings.layers.beyond}")
-        write_excerpt(folder, settings.layers, Path(temporary), allow_pickle=settings.allow_pickle)
-        yield Path(temporary)
+        excerpt = Path(temporary) / folder.resolve().name  # the name is what messages show
+        write_excerpt(folder, settings.layers, excerpt, allow_pickle=settings.allow_pickle)
+        yield excerpt
 
 
 def _record_ours(

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,10 +33,13 @@ from minillm.verify.operations import Operation, operations
 from minillm.verify.reference import Formula, wide
 from minillm.verify.trace import Trace
 
-Verdict = Literal["equal", "noise", "ours", "theirs", "both", "unknown"]
+#: equal: the same bits. noise: rounding. inherited: each is the formula of what it read, which differed. Else whose
+#: fault; unknown where a side was not recorded and the other is right.
+Verdict = Literal["equal", "noise", "inherited", "ours", "theirs", "both", "unknown"]
 #: Distances in units in the last place that a histogram counts: 0, 1, 2, up to 4, .. and beyond.
 ULPS = (0, 1, 2, 4, 8, 16, 64)
 _SUM = 8
+_FAULTY = ("ours", "theirs", "both")
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,11 @@ def compare(ours: Trace, theirs: Trace, formula: Formula, *, on_fault: OnFault |
     run = _Run((_Side(ours), _Side(theirs)), formula)
     for index, step in enumerate(steps):
         cases, chain = run.advance(step)
-        yield _judge(step, cases, chain, formula.keep, on_fault)
+        result = _judge(step, cases, chain, formula.keep, on_fault)
+        if result.verdict in _FAULTY or (result.verdict == "noise" and run.inherits(step, result)):
+            run.apart.add(step.name)
+            result = result if result.verdict in _FAULTY else replace(result, verdict="inherited")
+        yield result
         run.forget(name for name in tuple(run.chain) if last_use.get(name, 0) <= index and name != step.name)
 
 
@@ -114,6 +121,7 @@ class _Run:
     def __init__(self, sides: tuple[_Side, _Side], formula: Formula) -> None:
         self.sides, self.formula = sides, formula
         self.chain: dict[str, Tensor] = {}
+        self.apart: set[str] = set()  # what differs by a fault, or because its inputs do
         self._alike: set[str] = set()  # what both sides recorded with the same bits
 
     def advance(self, step: Operation) -> tuple[list[Case | None], Tensor]:
@@ -137,6 +145,12 @@ class _Run:
             theirs.computed.update(ours.computed)
             return [first, first], chain
         return [first, theirs.case(step, parts[-1], self.formula)], chain
+
+    def inherits(self, step: Operation, result: Result) -> bool:
+        """Whether it differs by more than its own rounding, having read what already differed."""
+        allowed = sum(errors.allowed for errors in (result.ours, result.theirs) if errors is not None)
+        far = result.between is not None and result.between.relative > allowed
+        return far and not self.apart.isdisjoint(step.inputs)
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop what nothing reads any more."""
@@ -194,7 +208,7 @@ def _judge(
     if ours is not None and theirs is not None and ours.found.shape == theirs.found.shape:
         between = _between(ours, theirs, keep)
     verdict = _verdict(errors, between)
-    if on_fault is not None and verdict in ("ours", "theirs", "both"):
+    if on_fault is not None and verdict in _FAULTY:
         sides: tuple[Side, Side] = ("ours", "theirs")
         for side, case, error in zip(sides, cases, errors, strict=True):
             if case is not None and error is not None and error.outside:

@@ -26,6 +26,7 @@ _STYLES = {
     "OURS WRONG": "bold red",
     "THEIRS WRONG": "bold red",
     "both alike": "yellow",
+    "inherited": "yellow",
     "noise": "",
     "equal bits": "green",
     "ours only": "yellow",
@@ -52,6 +53,7 @@ _OPERATION_NOTE = (
     "ulps: tenths of all numbers that are 0, 1, 2, up to 4, 8, 16, 64 or more units in the last place apart;"
     " * all, + less than a tenth, . none."
 )
+_INHERITED_NOTE = "inherited: each side is the formula of what it read, and that already differed."
 _ALIKE_NOTE = "both alike: both are outside the bound with the same numbers: neither computes this formula."
 
 
@@ -117,6 +119,8 @@ def _tables(title: str, results: Sequence[Result], first: Fault | None, full: bo
     lines += [Text(note, "dim") for note in _LAYER_NOTES]
     if any(_word(result) == "both alike" for result in results):
         lines.append(Text(_ALIKE_NOTE, "dim"))
+    if any(result.verdict == "inherited" for result in results):
+        lines.append(Text(_INHERITED_NOTE, "dim"))
     wanted = [(label, members) for label, members in layers if full or _has(members, first)]
     if not wanted:
         return lines
@@ -176,7 +180,7 @@ def _word(result: Result) -> str:
         return "not recorded" if not recorded else "ours only" if result.ours is not None else "theirs only"
     if all(errors.outside for errors in recorded):
         return "both alike"
-    return "equal bits" if result.verdict == "equal" else "noise"
+    return "equal bits" if result.verdict == "equal" else result.verdict
 
 
 def _gravest(results: Sequence[Result]) -> str:
