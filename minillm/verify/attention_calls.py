@@ -13,6 +13,7 @@ scale, mask or head order still shows where it was made.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,12 +42,17 @@ class Fused(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """q (B, H, T, E) and k (B, G, S, E) as they meet, after any rotation; scores and weights (B, H, T, S)."""
+    """q (B, H, T, E) and k (B, G, S, E) as they meet, after any rotation; scores and weights (B, H, T, S).
+
+    source: the tensor that k was picked from; to_k makes its gradient that of k, the sum over the heads of a group.
+    """
 
     q: Tensor
     k: Tensor
     scores: Tensor
     weights: Tensor
+    source: Tensor
+    to_k: Callable[[Tensor], Tensor]
 
 
 class AttentionCalls(TorchFunctionMode):
@@ -63,6 +69,7 @@ class AttentionCalls(TorchFunctionMode):
         """Forget what was seen and watch."""
         self._fused, self._products, self._scores, self._watching = None, [], None, True
 
+    @torch.no_grad()
     def finish(self, heads: int, groups: int) -> Seen | None:
         """What the module just did with H query and G key heads; None if it attended in some way not known here."""
         self._watching = False
@@ -71,7 +78,9 @@ class AttentionCalls(TorchFunctionMode):
         if self._scores is not None and len(self._products) == 2:
             (q, k_transposed), (weights, _) = self._products
             scores = self._scores.masked_fill(self._scores <= HIDDEN, -math.inf)
-            return Seen(q, distinct(k_transposed.mT, groups), scores, weights)
+            k, order = k_transposed.mT, heads_of_groups(k_transposed.mT, groups)
+            first = k if k.shape[1] == groups else k[:, order[:, 0]]
+            return Seen(q, first, scores, weights, k_transposed, lambda gradient: _summed(gradient.mT, order))
         return None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,21 +112,30 @@ def _from_fused(call: Fused, heads: int, groups: int) -> Seen:
         scores = scores.masked_fill(~mask, -math.inf)
     elif mask is not None:
         scores = (scores + mask.double()).masked_fill(mask <= HIDDEN, -math.inf)
-    return Seen(q, distinct(call.key, groups), scores, scores.softmax(dim=-1))
+    order = heads_of_groups(call.key, groups)
+    k = call.key if call.key.shape[1] == groups else call.key[:, order[:, 0]]
+    return Seen(q, k, scores, scores.softmax(dim=-1), call.key, lambda gradient: _summed(gradient, order))
 
 
-def distinct(k: Tensor, groups: int) -> Tensor:
-    """Key heads (B, G or H, S, E), each perhaps repeated for the query heads that share it -> (B, G, S, E).
+def heads_of_groups(k: Tensor, groups: int) -> Tensor:
+    """Key heads (B, G or H, S, E), each perhaps repeated for the query heads that share it -> the equal ones (G, H/G).
 
-    The different ones in the order of their first appearance, so that `repeat` and `repeat_interleave` give the same.
+    Groups stand in the order of their first appearance, so that `repeat` and `repeat_interleave` give the same keys.
 
-    >>> distinct(torch.tensor([1., 2., 1., 2.]).view(1, 4, 1, 1), 2).flatten().tolist()
-    [1.0, 2.0]
+    >>> heads_of_groups(torch.tensor([1., 2., 1., 2.]).view(1, 4, 1, 1), 2).tolist()
+    [[0, 2], [1, 3]]
     """
-    if k.shape[1] == groups:
-        return k
-    chosen: list[int] = []
-    for head in range(k.shape[1]):
-        if not any(torch.equal(k[:, head], k[:, known]) for known in chosen):
-            chosen.append(head)
-    return k[:, chosen] if len(chosen) == groups else k[:, :: k.shape[1] // groups]
+    found: list[list[int]] = []
+    for head in range(k.shape[1] if k.shape[1] != groups else 0):
+        same = next((known for known in found if torch.equal(k[:, head], k[:, known[0]])), None)
+        if same is None:
+            found.append(same := [])
+        same.append(head)
+    if [len(same) for same in found] == [k.shape[1] // groups] * groups:
+        return torch.tensor(found, device=k.device)
+    return torch.arange(k.shape[1], device=k.device).view(groups, -1)
+
+
+def _summed(gradient: Tensor, order: Tensor) -> Tensor:
+    """The gradient of the heads (B, H, S, E) -> that of what was repeated (B, G, S, E), not rounded in between."""
+    return gradient if order.shape[1] == 1 else gradient[:, order].double().sum(dim=2)

@@ -87,6 +87,8 @@ def verify(
             report = _with_another(folder, settings, (tokens, keep), against, save_trace, tell)
     about = {"tokens": f"{keep.shape[0]} x {keep.shape[1]} ({int((~keep).sum())} padding)", "torch": torch.__version__}
     remarks = (*report.remarks, *not_reached(config, settings.tokens))
+    if settings.layers is not None:
+        about["layers"] = f"{settings.layers.first}:{settings.layers.beyond}, counted from 0 below"
     seconds = {"all": time.perf_counter() - started, **report.seconds}
     return replace(report, about={**report.about, **about}, remarks=remarks, seconds=seconds)
 
