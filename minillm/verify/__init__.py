@@ -5,7 +5,7 @@
     recorded["blocks.0.attention.weights"]                 # (B, H, T, S)
 
 `minillm verify FOLDER` does the whole of it. Reading order: operations, reference (the formulas), trace,
-attention_calls, transformers_oracle, compare, scene, causes, diagnose, report, run, checkpoints.
+attention_calls, transformers_oracle, compare, gradients, scene, causes, diagnose, report, run, checkpoints.
 """
 
 from minillm.verify.trace import Trace, trace

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -78,9 +79,9 @@ class AttentionCalls(TorchFunctionMode):
         if self._scores is not None and len(self._products) == 2:
             (q, k_transposed), (weights, _) = self._products
             scores = self._scores.masked_fill(self._scores <= HIDDEN, -math.inf)
-            k, order = k_transposed.mT, heads_of_groups(k_transposed.mT, groups)
-            first = k if k.shape[1] == groups else k[:, order[:, 0]]
-            return Seen(q, first, scores, weights, k_transposed, lambda gradient: _summed(gradient.mT, order))
+            k, alike = k_transposed.mT, heads_of_groups(k_transposed.mT, groups)
+            to_k = partial(_summed, alike=alike)
+            return Seen(q, _first(k, alike), scores, weights, k_transposed, lambda gradient: to_k(gradient.mT))
         return None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -112,30 +113,36 @@ def _from_fused(call: Fused, heads: int, groups: int) -> Seen:
         scores = scores.masked_fill(~mask, -math.inf)
     elif mask is not None:
         scores = (scores + mask.double()).masked_fill(mask <= HIDDEN, -math.inf)
-    order = heads_of_groups(call.key, groups)
-    k = call.key if call.key.shape[1] == groups else call.key[:, order[:, 0]]
-    return Seen(q, k, scores, scores.softmax(dim=-1), call.key, lambda gradient: _summed(gradient, order))
+    alike = heads_of_groups(call.key, groups)
+    return Seen(q, _first(call.key, alike), scores, scores.softmax(dim=-1), call.key, partial(_summed, alike=alike))
 
 
-def heads_of_groups(k: Tensor, groups: int) -> Tensor:
-    """Key heads (B, G or H, S, E), each perhaps repeated for the query heads that share it -> the equal ones (G, H/G).
+def heads_of_groups(k: Tensor, groups: int) -> list[list[int]]:
+    """Key heads (B, G or H, S, E), each perhaps repeated for the query heads that share it -> which are equal.
 
     Groups stand in the order of their first appearance, so that `repeat` and `repeat_interleave` give the same keys.
 
-    >>> heads_of_groups(torch.tensor([1., 2., 1., 2.]).view(1, 4, 1, 1), 2).tolist()
+    >>> heads_of_groups(torch.tensor([1., 2., 1., 2.]).view(1, 4, 1, 1), 2)
     [[0, 2], [1, 3]]
     """
-    found: list[list[int]] = []
-    for head in range(k.shape[1] if k.shape[1] != groups else 0):
-        same = next((known for known in found if torch.equal(k[:, head], k[:, known[0]])), None)
+    heads = k.shape[1]
+    alike: list[list[int]] = []
+    for head in range(heads if heads != groups else 0):
+        same = next((known for known in alike if torch.equal(k[:, head], k[:, known[0]])), None)
         if same is None:
-            found.append(same := [])
-        same.append(head)
-    if [len(same) for same in found] == [k.shape[1] // groups] * groups:
-        return torch.tensor(found, device=k.device)
-    return torch.arange(k.shape[1], device=k.device).view(groups, -1)
+            alike.append([head])
+        else:
+            same.append(head)
+    each = heads // groups
+    return alike if len(alike) == groups else [[*range(first, first + each)] for first in range(0, heads, each)]
 
 
-def _summed(gradient: Tensor, order: Tensor) -> Tensor:
+def _first(k: Tensor, alike: list[list[int]]) -> Tensor:
+    return k if k.shape[1] == len(alike) else k[:, [same[0] for same in alike]]
+
+
+def _summed(gradient: Tensor, alike: list[list[int]]) -> Tensor:
     """The gradient of the heads (B, H, S, E) -> that of what was repeated (B, G, S, E), not rounded in between."""
-    return gradient if order.shape[1] == 1 else gradient[:, order].double().sum(dim=2)
+    if gradient.shape[1] == len(alike):
+        return gradient
+    return torch.stack([gradient[:, same].double().sum(dim=1) for same in alike], dim=1)

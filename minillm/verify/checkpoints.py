@@ -79,7 +79,14 @@ def verify(
     with _folder(name_or_folder, settings, tell) as folder:
         config = read_settings(folder, allow_pickle=settings.allow_pickle, ignore=settings.ignore)
         if settings.device == "cpu":
-            check_memory(folder, config, wanted, settings.tokens, allow_pickle=settings.allow_pickle)
+            check_memory(
+                folder,
+                config,
+                wanted,
+                settings.tokens,
+                gradients=settings.gradients,
+                allow_pickle=settings.allow_pickle,
+            )
         tokens, keep = inputs(config.vocab_size, settings.tokens)
         if against is None:
             report = _with_transformers(folder, settings, (tokens, keep), save_trace, tell)
@@ -118,7 +125,8 @@ def _with_transformers(
     tell("transformers: loading")
     oracle = transformers_oracle.load(folder, dtype=dtype, attention=settings.attention, device=settings.device)
     tell("transformers: running")
-    theirs, formula = oracle.record(tokens, keep), oracle_formula(oracle, tokens, keep)
+    theirs = oracle.record(tokens, keep, gradients=settings.gradients)
+    formula = oracle_formula(oracle, tokens, keep)
     names = (f"minillm {version('minillm')}", f"transformers {transformers_oracle.version()}")
     about = {"dtype": str(dtype)[6:], "attention": settings.attention, "weights of": "transformers"}
     report = examine(ours, theirs, formula, names=names, about=about, tell=tell)
@@ -143,7 +151,7 @@ def _with_another(
     else:
         check_same_shape(model.config, its_config, (str(folder), str(against)))
     tell("minillm: running")
-    ours = record(model, tokens, keep)
+    ours = record(model, tokens, keep, gradients=settings.gradients)
     ours.about["dtype"] = str(model.embed.weight.dtype)[6:]
     if save_trace is not None:
         ours.save(save_trace)
@@ -160,7 +168,10 @@ def _other_run(
     against: str | Path, folder: Path, settings: Settings, text: tuple[Tensor, Tensor], tell: Tell
 ) -> tuple[Trace, DecoderConfig | None]:
     if Path(against).is_file():
-        return Trace.load(against), None
+        recorded = Trace.load(against)
+        if settings.gradients and not recorded.gradients:
+            raise InputError(f"{against}: holds no gradients; save it again with --gradients, or compare without them")
+        return recorded, None
     other = resolve(against, allow_pickle=settings.allow_pickle)
     check_same_vocabulary(folder, other)
     with _folder(other, settings, tell) as part:
@@ -169,7 +180,10 @@ def _other_run(
 
 
 def _to(recorded: Trace, device: str) -> Trace:
-    return replace(recorded, tensors={name: x.to(device) for name, x in recorded.tensors.items()})
+    tensors, gradients = (
+        {name: x.to(device) for name, x in kept.items()} for kept in (recorded.tensors, recorded.gradients)
+    )
+    return replace(recorded, tensors=tensors, gradients=gradients)
 
 
 @contextmanager
@@ -193,7 +207,7 @@ def _record_ours(
     model = _load(folder, settings, tell)
     tell("minillm: running")
     dtype = model.embed.weight.dtype
-    recorded = record(model, *text)
+    recorded = record(model, *text, gradients=settings.gradients)
     recorded.about["dtype"] = str(dtype)[6:]
     return recorded, model.config, dtype
 

@@ -29,15 +29,20 @@ def read_settings(folder: Path, *, allow_pickle: bool, ignore: Collection[str]) 
 
 
 def check_memory(
-    folder: Path, config: DecoderConfig, dtype: torch.dtype | None, tokens: int, *, allow_pickle: bool
+    folder: Path, config: DecoderConfig, dtype: torch.dtype | None, tokens: int, *, gradients: bool, allow_pickle: bool
 ) -> None:
-    """Room for one model, both traces and a weight in float64, or InputError says how much. Reads headers only."""
+    """Room for one model, both traces and a weight in float64, or InputError says how much. Reads headers only.
+
+    Gradients: those of each side's weights, of its tensors, and the largest weight in float64 with its own.
+    """
     if meta.is_meta_folder(folder):
         return
     with open_checkpoint(folder, allow_pickle=allow_pickle) as files:
         shapes = [(math.prod(files.shape(key)), files.dtype(key)) for key in files.keys()]  # noqa: SIM118
     weights = sum(count * (dtype or kind).itemsize for count, kind in shapes)
     need = int(1.1 * weights) + trace_bytes(config, tokens) + 500_000_000
+    if gradients:
+        need += 2 * weights + 2 * trace_bytes(config, tokens) + 4 * 8 * max(count for count, _ in shapes)
     available = available_memory()
     if available is not None and need > available:
         part = "" if config.num_layers == 1 else ", or verify some of its layers: --layers 0:2"

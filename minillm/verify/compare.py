@@ -39,7 +39,9 @@ Verdict = Literal["equal", "noise", "inherited", "ours", "theirs", "both", "unkn
 #: Distances in units in the last place that a histogram counts: 0, 1, 2, up to 4, .. and beyond.
 ULPS = (0, 1, 2, 4, 8, 16, 64)
 _SUM = 8
-_FAULTY = ("ours", "theirs", "both")
+#: A token of zeros is measured against this part of the others.
+_FLOOR = 1e-6
+FAULTY = ("ours", "theirs", "both")
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,10 @@ def compare(ours: Trace, theirs: Trace, formula: Formula, *, on_fault: OnFault |
     run = _Run((_Side(ours), _Side(theirs)), formula)
     for index, step in enumerate(steps):
         cases, chain = run.advance(step)
-        result = _judge(step, cases, chain, formula.keep, on_fault)
-        if result.verdict in _FAULTY or (result.verdict == "noise" and run.inherits(step, result)):
+        result = judge(step, cases, chain, formula.keep, on_fault)
+        if result.verdict in FAULTY or (result.verdict == "noise" and run.inherits(step, result)):
             run.apart.add(step.name)
-            result = result if result.verdict in _FAULTY else replace(result, verdict="inherited")
+            result = result if result.verdict in FAULTY else replace(result, verdict="inherited")
         yield result
         run.forget(name for name in tuple(run.chain) if last_use.get(name, 0) <= index and name != step.name)
 
@@ -198,39 +200,48 @@ def _rows(x: Tensor, formula: Formula) -> Tensor:
     return x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x
 
 
-def _judge(
-    step: Operation, cases: Sequence[Case | None], chain: Tensor, keep: Tensor, on_fault: OnFault | None
+def judge(
+    step: Operation,
+    cases: Sequence[Case | None],
+    chain: Tensor | None,
+    keep: Tensor,
+    on_fault: OnFault | None,
+    *,
+    floor: float = _FLOOR,
 ) -> Result:
+    """Ours and theirs at one operation. chain: of the float64 run; without one the drift is the local error."""
     ours, theirs = cases
-    errors = [None if ours is None else measure(ours, chain, keep)]
-    errors.append(errors[0] if theirs is ours else None if theirs is None else measure(theirs, chain, keep))
+    errors = [None if ours is None else measure(ours, chain, keep, floor)]
+    errors.append(errors[0] if theirs is ours else None if theirs is None else measure(theirs, chain, keep, floor))
     between = None
     if ours is not None and theirs is not None and ours.found.shape == theirs.found.shape:
         between = _between(ours, theirs, keep)
     verdict = _verdict(errors, between)
-    if on_fault is not None and verdict in _FAULTY:
+    if on_fault is not None and verdict in FAULTY:
         sides: tuple[Side, Side] = ("ours", "theirs")
         for side, case, error in zip(sides, cases, errors, strict=True):
             if case is not None and error is not None and error.outside:
                 on_fault(side, case, error)
-    shape = tuple(next((case.found.shape for case in cases if case is not None), chain.shape))
-    return Result(step, shape, errors[0], errors[1], between, verdict)
+    shapes = [x.shape for x in (*(case.found for case in cases if case is not None), chain) if x is not None]
+    return Result(step, tuple(shapes[0]), errors[0], errors[1], between, verdict)
 
 
-def measure(case: Case, chain: Tensor, keep: Tensor) -> Errors:
+def measure(case: Case, chain: Tensor | None, keep: Tensor, floor: float = _FLOOR) -> Errors:
     """The errors of one side; infinite where the shape is another or a number is not finite without need."""
     if case.found.shape != case.exact.shape:
         return Errors(float("inf"), 0.0, float("inf"), float("inf"))
     found, exact = tokens_of(case.found, keep), tokens_of(case.exact, keep)
-    allowed = bound(tokens_of(case.plain, keep), exact, case.dtype)
-    drift, away = distance(found, tokens_of(chain, keep)), _apart(found, exact)
-    return Errors(_relative(away, exact), allowed, drift, _largest(away))
+    allowed = bound(tokens_of(case.plain, keep), exact, case.dtype, floor)
+    away = _apart(found, exact)
+    local = _relative(away, exact, floor)
+    drift = local if chain is None else distance(found, tokens_of(chain, keep), floor)
+    return Errors(local, allowed, drift, _largest(away))
 
 
-def bound(plain: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+def bound(plain: Tensor, exact: Tensor, dtype: torch.dtype, floor: float = _FLOOR) -> float:
     """2 |plain - exact| + slack, for tensors of tokens (N, M)."""
     slack = torch.finfo(dtype).eps / 4 + _SUM * torch.finfo(wide(dtype)).eps
-    return 2 * distance(plain, exact) + slack
+    return 2 * distance(plain, exact, floor) + slack
 
 
 def tokens_of(x: Tensor, keep: Tensor) -> Tensor:
@@ -239,17 +250,20 @@ def tokens_of(x: Tensor, keep: Tensor) -> Tensor:
     return by_token[keep].flatten(1).double() if x.ndim > 2 else by_token[keep][:, None].double()
 
 
-def distance(found: Tensor, exact: Tensor) -> float:
-    """Root mean square over tokens of |found - exact| / |exact|: (N, M) twice -> a number; inf if not comparable."""
-    return _relative(_apart(found, exact), exact)
+def distance(found: Tensor, exact: Tensor, floor: float = _FLOOR) -> float:
+    """Root mean square over tokens of |found - exact| / |exact|: (N, M) twice -> a number; inf if not comparable.
+
+    floor: tokens smaller than this part of the others' root mean square are measured against that.
+    """
+    return _relative(_apart(found, exact), exact, floor)
 
 
-def _relative(apart: Tensor, exact: Tensor) -> float:
+def _relative(apart: Tensor, exact: Tensor, floor: float = _FLOOR) -> float:
     away, sizes = apart.norm(dim=-1), exact.norm(dim=-1)
     if not bool(sizes.sum().isfinite()):
         sizes = exact.nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
-    floor = 1e-6 * sizes.square().mean().sqrt()  # a token of zeros is measured against the others
-    relative = torch.where(away == 0, 0.0, away / torch.maximum(sizes, floor))
+    least = floor * sizes.square().mean().sqrt()
+    relative = torch.where(away == 0, 0.0, away / torch.maximum(sizes, least))
     return float(relative.square().mean().sqrt())
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minillm.verify.causes import GENERATORS
 from minillm.verify.compare import Case, bound, distance, tokens_of
+from minillm.verify.gradients import is_parameter
 from minillm.verify.ranges import ranges
 from minillm.verify.reference import Formula
 from minillm.verify.scene import Cause, Scene
@@ -34,7 +35,7 @@ def diagnose(case: Case, formula: Formula, trace: Trace) -> Cause | None:
     allowed = 2 * bound(tokens_of(case.plain, keep), exact, case.dtype)  # its own plain formula is not computed
     wrong = distance(found, exact)
     for kinds, generate in GENERATORS:
-        if kinds and case.operation.kind not in kinds:
+        if case.operation.kind not in kinds and (kinds or case.operation.kind == "gradient"):
             continue
         for candidate in generate(scene):
             away = distance(found, tokens_of(candidate.output, keep))
@@ -45,7 +46,7 @@ def diagnose(case: Case, formula: Formula, trace: Trace) -> Cause | None:
 
 def locate(case: Case, formula: Formula) -> str:
     """Where the wrong numbers are, if they are not everywhere: tokens, heads or columns; empty if everywhere."""
-    if case.found.shape != case.exact.shape:
+    if case.found.shape != case.exact.shape or is_parameter(case.operation.name):
         return ""
     apart = (case.found.double() - case.exact).nan_to_num(torch.inf, torch.inf, torch.inf).abs()
     scale = case.exact.nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt()

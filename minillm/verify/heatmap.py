@@ -57,7 +57,7 @@ def _title(report: Report) -> str:
         [f"{report.ours} against {report.theirs}", *(f"{key} {value}" for key, value in report.about.items())]
     )
     first = report.first
-    found = "no operation differs beyond rounding" if first is None else f"first fault: {first.operation}, {first.side}"
+    found = "no operation differs beyond rounding" if first is None else f"first fault: {first.what}, {first.side}"
     return f"{textwrap.fill(what, 120)}\n{found}"
 
 
@@ -120,7 +120,7 @@ def _draw_side(axes: Any, report: Report, grid: _Grid, side: Literal["ours", "th
     axes.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for result in report.results:
         first = report.first
-        if first is not None and (first.side, first.operation) == (side, result.operation.name):
+        if first is not None and not first.backward and (first.side, first.operation) == (side, result.operation.name):
             _circle(axes, *grid.cells(result))
     return image
 

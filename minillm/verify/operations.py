@@ -46,8 +46,13 @@ class Operation:
 
         >>> Operation("blocks.3.attention.q_proj", "linear", layer=3).short
         'q_proj'
+        >>> Operation("blocks.3.attention.q_proj.weight", "gradient", layer=3).short
+        'q_proj.weight'
         """
-        return "output" if self.layer is not None and self.name == f"blocks.{self.layer}" else self.name.split(".")[-1]
+        if self.name == f"blocks.{self.layer}":
+            return "output"
+        *_, before, last = ("", *self.name.split("."))
+        return f"{before}.{last}" if last in ("weight", "bias") else last
 
 
 def operations(config: DecoderConfig) -> list[Operation]:

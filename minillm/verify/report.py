@@ -21,7 +21,8 @@ class Fault:
     side: "ours", or "theirs" for what we compare with. error, allowed: relative, see `minillm.verify.compare`. cause: a
     key, with `text` completing "it equals the formula ..."; empty where no candidate reproduced the numbers. where:
     which tokens, heads or columns, if not all. layers: all in which the same operation of that side is out of bound.
-    known: identifier of the entry in `minillm.verify.known_faults`, if this is one of those.
+    known: identifier of the entry in `minillm.verify.known_faults`, if this is one of those. backward: what is wrong is
+    the gradient of what the operation gives.
     """
 
     operation: str
@@ -33,6 +34,12 @@ class Fault:
     where: str = ""
     layers: tuple[int, ...] = ()
     known: str = ""
+    backward: bool = False
+
+    @property
+    def what(self) -> str:
+        """`blocks.0.mlp.inner`, or `gradient of blocks.0.mlp.inner`."""
+        return f"gradient of {self.operation}" if self.backward else self.operation
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Protocol
 
@@ -12,15 +13,17 @@ import torch
 from torch import Tensor
 
 from minillm.config import DecoderConfig
+from minillm.losses.next_token import next_token_loss
 from minillm.model import Decoder
 from minillm.model.rope import attention_factor, frequencies
 from minillm.verify.compare import Case, Errors, Result, Side, compare
 from minillm.verify.diagnose import diagnose, locate
+from minillm.verify.gradients import compare_gradients, predicted
 from minillm.verify.known_faults import known_fault
 from minillm.verify.operations import operations
 from minillm.verify.reference import Formula
 from minillm.verify.report import Fault, Report
-from minillm.verify.trace import Trace, trace
+from minillm.verify.trace import Trace, gradient_of, trace
 from minillm.verify.transformers_oracle import Oracle
 from minillm.verify.transformers_oracle import version as oracle_version
 
@@ -35,21 +38,29 @@ def silent(what: str, done: int = 0, total: int | None = None) -> None:
     """Tells nobody."""
 
 
-def verify_models(ours: Decoder, oracle: Oracle, tokens: Tensor, keep: Tensor) -> Report:
+def verify_models(ours: Decoder, oracle: Oracle, tokens: Tensor, keep: Tensor, *, gradients: bool = False) -> Report:
     """Our model against transformers', both in memory: tokens (B, T) int64 · keep (B, T) bool, True on real tokens.
 
-    The truth is the formula with transformers' weights and settings.
+    The truth is the formula with transformers' weights and settings. gradients: the backward pass too.
     """
-    recorded = record(ours, tokens, keep)
+    recorded, theirs = (side(tokens, keep, gradients=gradients) for side in (partial(record, ours), oracle.record))
     names = (f"minillm {version('minillm')}", f"transformers {oracle_version()}")
-    report = examine(recorded, oracle.record(tokens, keep), oracle_formula(oracle, tokens, keep), names=names)
+    report = examine(recorded, theirs, oracle_formula(oracle, tokens, keep), names=names)
     return replace(report, remarks=(*settings_that_differ(ours.config, oracle.config), *report.remarks))
 
 
-def record(model: Decoder, tokens: Tensor, keep: Tensor) -> Trace:
-    """One forward of our model, recorded, without gradients."""
-    with torch.no_grad(), trace(model) as recorded:
-        model(tokens, keep=keep)
+def record(model: Decoder, tokens: Tensor, keep: Tensor, *, gradients: bool = False) -> Trace:
+    """One forward of our model, recorded: tokens, keep (B, T).
+
+    gradients: also backward from `next_token_loss`; the trace has the parameters' gradients too, the model none.
+    """
+    with torch.set_grad_enabled(gradients), trace(model, gradients=gradients) as recorded:
+        logits = model(tokens, keep=keep)
+        if gradients:
+            model.zero_grad(set_to_none=True)
+            next_token_loss(logits, tokens, predicted(keep), total=1).backward()
+            recorded.gradients |= {name: gradient_of(x) for name, x in model.named_parameters() if x.requires_grad}
+            model.zero_grad(set_to_none=True)
     return recorded
 
 
@@ -79,17 +90,22 @@ def examine(
     about: Mapping[str, str] | None = None,
     tell: Tell = silent,
 ) -> Report:
-    """Compare two traces of the same forward against the formula, diagnose what is out of bound."""
-    started = time.perf_counter()
-    faults: dict[tuple[Side, str], Fault] = {}
+    """Compare two traces of the same forward against the formula, diagnose what is out of bound.
 
-    def on_fault(side: Side, case: Case, errors: Errors) -> None:
-        step, key = case.operation, (side, case.operation.short)
+    Where both traces have gradients, these are compared too.
+    """
+    started = time.perf_counter()
+    faults: dict[tuple[Side, str, bool], Fault] = {}
+
+    def on_fault(side: Side, case: Case, errors: Errors, *, formula: Formula = formula) -> None:
+        step, backward = case.operation, case.operation.kind == "gradient"
+        key = (side, step.short, backward)
         if key in faults:
             if step.layer is not None:
                 faults[key] = replace(faults[key], layers=(*faults[key].layers, step.layer))
             return
-        fault = Fault(step.name, side, errors.local, errors.allowed, layers=() if step.layer is None else (step.layer,))
+        layers = () if step.layer is None else (step.layer,)
+        fault = Fault(step.name, side, errors.local, errors.allowed, layers=layers, backward=backward)
         recorded, library = (ours, names[0]) if side == "ours" else (theirs, names[1])
         faults[key] = explain(fault, case, formula, recorded, library)
 
@@ -98,8 +114,16 @@ def examine(
     for result in compare(ours, theirs, formula, on_fault=on_fault):
         results.append(result)
         tell("comparing operations", len(results), total)
+    gradients: list[Result] = []
+    if ours.gradients and theirs.gradients:
+        apart = any(result.verdict not in ("equal", "noise") for result in results)
+        for result in compare_gradients(ours, theirs, formula, on_fault=on_fault, apart=apart):
+            gradients.append(result)
+            tell("comparing gradients", len(gradients), len(ours.gradients))
     seconds = {"compare": time.perf_counter() - started}
-    return Report(*names, about or {}, tuple(results), tuple(faults.values()), seconds=seconds)
+    return Report(
+        *names, about or {}, tuple(results), tuple(faults.values()), gradients=tuple(gradients), seconds=seconds
+    )
 
 
 def explain(fault: Fault, case: Case, formula: Formula, recorded: Trace, library: str) -> Fault:

@@ -33,6 +33,7 @@ _STYLES = {
     "theirs only": "yellow",
     "not recorded": "yellow",
 }
+_BACKWARD = "Gradients, in the order of the backward pass"
 _WRONG = {"ours": "OURS WRONG", "theirs": "THEIRS WRONG", "both": "BOTH WRONG"}
 
 _LAYER = "{:<7}{:<15}{:>8}{:>7}   {:>8}{:>8}{:>9}  "
@@ -49,6 +50,10 @@ _LAYER_NOTES = (
     "error / allowed: of one operation, from its own inputs; up to 1 it is rounding.",
     "drift: relative, from a float64 run of the whole model up to there.",
 )
+_BACKWARD_NOTES = (
+    "error / allowed: of one gradient, from those of what reads it; up to 1 it is rounding. W, b: weights and biases.",
+    "drift: that gradient's own error, relative; there is no float64 run backward.",
+)
 _OPERATION_NOTE = (
     "ulps: tenths of all numbers that are 0, 1, 2, up to 4, 8, 16, 64 or more units in the last place apart;"
     " * all, + less than a tenth, . none."
@@ -62,9 +67,11 @@ def describe(report: Report, *, full: bool = False) -> RenderableType:
     parts = [Text(f"{report.ours} against {report.theirs}", "bold")]
     if report.about:
         parts.append(Text(", ".join(f"{key} {value}" for key, value in report.about.items())))
-    parts += _tables("", report.results, report.first, full)
+    first = report.first
+    parts += _tables("", report.results, None if first is None or first.backward else first, full)
     if report.gradients:
-        parts += _tables("Gradients, in the order of the backward pass", report.gradients, None, full)
+        backward = first if first is not None and first.backward else None
+        parts += _tables(_BACKWARD, report.gradients, backward, full)
     return Group(*parts, Text(), *_verdict(report))
 
 
@@ -72,7 +79,7 @@ def sentence(fault: Fault, report: Report) -> str:
     """What is wrong, how much, where and why, as plain text."""
     start = "First difference: " if fault == report.first else ""
     side = f"ours ({report.ours})" if fault.side == "ours" else f"theirs ({report.theirs})"
-    parts = [f"{start}{fault.operation}, {side}: {_amount(fault)}{_places(fault, report)}."]
+    parts = [f"{start}{fault.what}, {side}: {_amount(fault)}{_places(fault, report)}."]
     if fault.text:
         parts.append(f"It equals the formula {fault.text.rstrip('.')}.")
     else:
@@ -116,7 +123,7 @@ def _tables(title: str, results: Sequence[Result], first: Fault | None, full: bo
     lines = [Text(), Text(title, "bold")] if title else [Text()]
     lines += [Text(line, "bold") for line in _LAYER_HEAD]
     lines += [_layer_line(label, members) for label, members in layers]
-    lines += [Text(note, "dim") for note in _LAYER_NOTES]
+    lines += [Text(note, "dim") for note in (_BACKWARD_NOTES if title == _BACKWARD else _LAYER_NOTES)]
     if any(_word(result) == "both alike" for result in results):
         lines.append(Text(_ALIKE_NOTE, "dim"))
     if any(result.verdict == "inherited" for result in results):
@@ -169,7 +176,11 @@ def leaves(operation: Operation) -> bool:
 
 
 def _short(operation: Operation) -> str:
-    return operation.name if operation.layer is None else operation.short
+    """Within a column: `W q_proj` for `q_proj.weight`."""
+    name = operation.name if operation.layer is None else operation.short
+    owner, _, leaf = name.rpartition(".")
+    signs = {"weight": "W", "bias": "b"}
+    return f"{signs[leaf]} {owner.replace('attention_', 'attn_')}" if leaf in signs else name
 
 
 def _word(result: Result) -> str:
@@ -262,7 +273,7 @@ def _no_difference(report: Report) -> str:
 
 def _brief(fault: Fault, report: Report) -> str:
     cause = f"; {fault.cause}" if fault.cause else ""
-    return f"Also: {fault.operation}, {fault.side}: {_amount(fault)}{_places(fault, report)}{cause}."
+    return f"Also: {fault.what}, {fault.side}: {_amount(fault)}{_places(fault, report)}{cause}."
 
 
 def _amount(fault: Fault) -> str:

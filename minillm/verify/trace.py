@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,17 @@ from minillm.errors import InputError
 from minillm.model import Decoder
 from minillm.verify.attention_calls import AttentionCalls
 
-Take = Callable[[str, Tensor], None]
+
+class Take(Protocol):
+    """Keeps x under a name. of: the tensor of autograd's graph that x comes from; pick: its gradient -> that of x."""
+
+    def __call__(
+        self, name: str, x: Tensor, *, of: Tensor | None = None, pick: Callable[[Tensor], Tensor] = ...
+    ) -> None: ...
+
+
+def _all(gradient: Tensor) -> Tensor:
+    return gradient
 
 
 class Statistics(NamedTuple):
@@ -135,7 +145,7 @@ def trace(
 
     only: which names to keep, `only=lambda name: name.startswith("blocks.3.")`. statistics: six numbers of each tensor
     in `recorded.statistics` instead of its values. gradients: after a backward, `recorded.gradients` has that of each
-    recorded tensor which autograd knows; scores and weights of a fused kernel have none.
+    recorded tensor which autograd knows, zero where none came by; scores and weights of a fused kernel have none.
     """
     recorded = Trace()
     with watching(model, recorded, sink(recorded, only=only, statistics=statistics, gradients=gradients)):
@@ -147,21 +157,28 @@ def sink(
 ) -> Take:
     """A function that keeps what it is given under a name, the first time in a forward; options as in `trace`."""
 
-    def take(name: str, x: Tensor) -> None:
+    def take(name: str, x: Tensor, *, of: Tensor | None = None, pick: Callable[[Tensor], Tensor] = _all) -> None:
         if name in recorded.tensors or name in recorded.statistics or (only is not None and not only(name)):
             return
         if statistics:
             recorded.statistics[name] = Statistics.of(x.detach())
             return
         recorded.tensors[name] = x.detach().clone()  # a clone: some code adds to a module's output in place
-        if gradients and x.requires_grad:
-            x.register_hook(lambda gradient: _add(recorded.gradients, name, gradient))
+        source = x if of is None else of
+        if gradients and source.requires_grad:
+            recorded.gradients[name] = x.detach().new_zeros(()).expand(x.shape)  # one number, until backward comes by
+            source.register_hook(lambda gradient: _add(recorded.gradients, name, pick(gradient.detach())))
 
     return take
 
 
+def gradient_of(parameter: Tensor) -> Tensor:
+    """What backward left in it; zeros, as one number, where it left nothing."""
+    return parameter.detach().new_zeros(()).expand(parameter.shape) if parameter.grad is None else parameter.grad
+
+
 def _add(gradients: dict[str, Tensor], name: str, gradient: Tensor) -> None:
-    gradients[name] = gradients[name] + gradient if name in gradients else gradient.detach().clone()
+    gradients[name] = gradients[name] + gradient
 
 
 @contextmanager
@@ -218,7 +235,7 @@ def watch_attention(
             return
         if config.position == "rotary":
             take(f"{name}.q_rotated", seen.q)
-            take(f"{name}.k_rotated", seen.k)
+            take(f"{name}.k_rotated", seen.k, of=seen.source, pick=seen.to_k)
         take(f"{name}.scores", seen.scores)
         take(f"{name}.weights", seen.weights)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 
 from minillm.config import DecoderConfig
 from minillm.errors import InputError
+from minillm.losses.next_token import next_token_loss
 from minillm.verify.attention_calls import AttentionCalls
-from minillm.verify.trace import Take, Trace, after, before, sink, take_rotary, watch_attention
+from minillm.verify.gradients import predicted
+from minillm.verify.trace import Take, Trace, after, before, gradient_of, sink, take_rotary, watch_attention
 
 _LLAMA = {
     "self_attn.q_proj": "attention.q_proj",
@@ -111,6 +114,17 @@ class Oracle:
             return getattr(fused, leaf)[self._qkv[part]]
         return getattr(self._modules[module], leaf)
 
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Our name of each parameter, and its gradient; zero where backward left none."""
+        for name, module in self._modules.items():
+            if name != "lm_head" or not self.config.tied_embeddings:
+                yield from ((f"{name}.{leaf}", gradient_of(x)) for leaf, x in module.named_parameters())
+        for layer, block in enumerate(self.layers if self.falcon else ()):
+            for leaf, x in block.self_attention.query_key_value.named_parameters():
+                fused = gradient_of(x)
+                for part, rows in self._qkv.items():
+                    yield f"blocks.{layer}.attention.{part}.{leaf}", fused[rows]
+
     def frequencies(self, positions: Tensor) -> tuple[Tensor | None, float]:
         """Rotary frequencies (d/2,) fp32 and the factor of cos and sin, from a fresh module: the model's own may have
         been cast. Some depend on the longest position, hence the argument."""
@@ -121,12 +135,20 @@ class Oracle:
         return fresh.inv_freq.float(), float(fresh.attention_scaling)
 
     def record(self, tokens: Tensor, keep: Tensor, *, gradients: bool = False) -> Trace:
-        """One forward without a cache, positions counted over real tokens; its logits stay in `output`."""
+        """One forward without a cache, positions counted over real tokens.
+
+        gradients: also backward from `next_token_loss`; the trace has the parameters' gradients too, the model none.
+        """
         recorded = Trace()
         recorded.begin(tokens, keep)
         with torch.set_grad_enabled(gradients), self._watching(sink(recorded, gradients=gradients)):
             positions = ((keep.long().cumsum(dim=1) - 1) * keep).to(tokens.device)
-            self.output = self.model(tokens, attention_mask=keep.long(), position_ids=positions, use_cache=False).logits
+            logits = self.model(tokens, attention_mask=keep.long(), position_ids=positions, use_cache=False).logits
+            if gradients:
+                self.model.zero_grad(set_to_none=True)
+                next_token_loss(logits, tokens, predicted(keep), total=1).backward()
+                recorded.gradients |= dict(self._gradients())
+                self.model.zero_grad(set_to_none=True)
         return recorded
 
     @contextmanager
@@ -170,9 +192,13 @@ def _has(module: nn.Module, path: str) -> bool:
 def _after_fused(module: nn.Module, name: str, rows: dict[str, Tensor], take: Take) -> Any:
     def split(_: nn.Module, args: Any, fused: Tensor) -> None:
         for part, index in rows.items():
-            take(f"{name}.{part}", fused[..., index])
+            take(f"{name}.{part}", fused[..., index], of=fused, pick=partial(_columns, index=index))
 
     return module.register_forward_hook(split)
+
+
+def _columns(fused: Tensor, index: Tensor) -> Tensor:
+    return fused[..., index]
 
 
 def _fused_rows(attention: Any, config: DecoderConfig) -> dict[str, Tensor]:

@@ -6,12 +6,12 @@ formula as one more candidate in the file of its operation.
 
 from __future__ import annotations
 
-from minillm.verify.causes import attention, generic, orders, positions, stream, weights
+from minillm.verify.causes import attention, backward, generic, orders, positions, stream, weights
 from minillm.verify.scene import Generator
 
-_LINEAR = ("linear",)
+_LINEAR, _BACKWARD = ("linear",), ("gradient",)
 
-#: (kinds of operation, generator); no kinds means all. The order is the order of trying.
+#: (kinds of operation, generator); no kinds means all but gradients. The order is the order of trying.
 GENERATORS: tuple[tuple[tuple[str, ...], Generator], ...] = (
     (("embed",), weights.embedding),
     (("norm",), weights.norm_settings),
@@ -38,4 +38,8 @@ GENERATORS: tuple[tuple[tuple[str, ...], Generator], ...] = (
     ((), generic.shifted),
     ((), generic.scaled),
     ((), generic.rounded_output),
+    (_BACKWARD, backward.terms),
+    (_BACKWARD, generic.zeros),
+    (_BACKWARD, generic.shifted),
+    (_BACKWARD, generic.scaled),
 )

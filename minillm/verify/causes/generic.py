@@ -50,6 +50,8 @@ def zeros(scene: Scene) -> Iterator[Candidate]:
 
 def shifted(scene: Scene) -> Iterator[Candidate]:
     """Right numbers at the wrong token or row."""
+    if scene.formula.keep.shape[1] == 1:  # a parameter, or a single token: each is at its row's edge
+        return
     axis = 2 if scene.case.exact.ndim == 4 else 1
     for step, text in ((1, "one token late"), (-1, "one token early")):
         yield Candidate("shifted", text, _moved(scene, step, axis))
