@@ -129,7 +129,8 @@ class _Side:
         """All that reads `name` has been pulled back: who that is, and what to hold its gradient against."""
         terms = self._terms.pop(name)
         exact, plain = _total([term.exact for term in terms]), _total([term.plain for term in terms])
-        self._sums[name] = exact, plain
+        if not is_parameter(name):
+            self._sums[name] = exact, plain
         readers = tuple(term.reader for term in terms)
         if name not in self._slopes:
             return readers, None
