@@ -20,7 +20,16 @@ cpu = Pybind11Extension(
     "minillm._cpu",
     CPU_SOURCES,
     cxx_std=17,
-    extra_compile_args=["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"],
+    # -Wno: the headers of the intrinsics read a variable before it is set, on purpose
+    extra_compile_args=[
+        "-O3",
+        "-fopenmp",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+    ],
     extra_link_args=["-fopenmp"],
     optional=os.environ.get("MINILLM_NATIVE") != "1",
 )

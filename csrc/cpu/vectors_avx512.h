@@ -1,0 +1,49 @@
+// Sixteen fp32 numbers at a time, in and out of every float format. AVX-512 F and BW.
+#pragma once
+
+#include <immintrin.h>
+
+#include "numbers.h"
+
+#define MINILLM_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")))
+
+namespace minillm {
+namespace {  // code for one instruction set must never be merged with that of another
+
+MINILLM_AVX512 inline __mmask16 first(int64_t count) {
+    return count >= 16 ? __mmask16(0xffff) : static_cast<__mmask16>((1u << count) - 1);
+}
+
+// x[index .. index + 15] as fp32; beyond `count` numbers zero, and not read.
+MINILLM_AVX512 inline __m512 load16(const void* x, Dtype dtype, int64_t index, int64_t count) {
+    const __mmask16 mask = first(count);
+    if (dtype == Dtype::f32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(x) + index);
+    const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x) + index);
+    if (dtype == Dtype::f16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// f32_to_bf16 sixteen times. Not vcvtneps2bf16, which takes subnormals for zero.
+MINILLM_AVX512 inline __m256i to_bf16(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, quiet));
+}
+
+MINILLM_AVX512 inline void store16(void* x, Dtype dtype, int64_t index, int64_t count, __m512 value) {
+    const __mmask16 mask = first(count);
+    if (dtype == Dtype::f32) {
+        _mm512_mask_storeu_ps(static_cast<float*>(x) + index, mask, value);
+        return;
+    }
+    const __m256i half =
+        dtype == Dtype::bf16 ? to_bf16(value) : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(x) + index, mask, half);
+}
+
+}  // namespace
+}  // namespace minillm
