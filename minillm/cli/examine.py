@@ -18,6 +18,7 @@ from minillm.cli.checkpoint import Checkpoint
 from minillm.cli.terminal import NOTES
 from minillm.doctor import describe as diagnosis_table
 from minillm.doctor import examine
+from minillm.errors import InputError
 from minillm.info import describe
 from minillm.verify.checkpoints import Settings, verify
 from minillm.verify.excerpt import parse_layers
@@ -74,6 +75,7 @@ class Verify(Checkpoint):
     """Keep our run for a later --against."""
 
     def run(self) -> int:
+        _check_folders(self.json, self.png, self.save_trace)
         settings = Settings(
             dtype=None if self.dtype == "auto" else self.dtype,
             tokens=self.tokens,
@@ -105,12 +107,20 @@ class Doctor:
     """Show the traceback of an error."""
 
     def run(self) -> int:
+        _check_folders(self.json)
         with _progress() as tell:
             found = examine(tell)
         Console(highlight=False).print(diagnosis_table(found))
         if self.json is not None:
             write_atomically(self.json, dumps(found.as_json(), indent=1) + "\n")
         return 0 if found.healthy else 1
+
+
+def _check_folders(*files: Path | None) -> None:
+    """InputError for a file to write whose folder is missing, before the work is done."""
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise InputError(f"{file}: there is no folder {file.parent}; make it first")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 #: Masks fill with -inf, a dtype's least number, -1e9 or -1e4. To softmax all are the same: exp is 0 below -104.
 HIDDEN = -5000.0
 
-_MATMULS: tuple[object, ...] = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm)
+_MATMULS: tuple[object, ...] = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 _SOFTMAXES: tuple[object, ...] = (F.softmax, torch.softmax, torch.Tensor.softmax)
 
 
@@ -91,10 +91,17 @@ class AttentionCalls(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and self._fused is None:
             self._fused = Fused(*args, **kwargs)
         elif func in _SOFTMAXES and self._scores is None:
-            self._scores = args[0].detach().clone()  # some code goes on to change it in place
-        elif func in _MATMULS and args[0].ndim == args[1].ndim == 4:
-            self._products.append((args[0], args[1]))
+            self._scores = _operands(args, kwargs)[0].detach().clone()  # some code goes on to change it in place
+        elif func in _MATMULS:
+            x, y = _operands(args, kwargs)
+            if x.ndim == y.ndim == 4:
+                self._products.append((x, y))
         return func(*args, **kwargs)
+
+
+def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Arguments in their order, the first two perhaps given by name."""
+    return [*args, *(kwargs[name] for name in ("input", "other") if name in kwargs)]
 
 
 def _from_fused(call: Fused, heads: int, groups: int) -> Seen:

@@ -32,6 +32,7 @@ from minillm.placement import as_device, as_dtype
 from minillm.verify import transformers_oracle
 from minillm.verify.comparable import (
     check_finite,
+    check_head,
     check_memory,
     check_same_shape,
     check_same_vocabulary,
@@ -78,6 +79,7 @@ def verify(
     as_device(settings.device)
     with _folder(name_or_folder, settings, tell) as folder:
         config = read_settings(folder, allow_pickle=settings.allow_pickle, ignore=settings.ignore)
+        check_head(config, folder, gradients=settings.gradients, alone=against is None)
         if settings.device == "cpu":
             check_memory(
                 folder,
@@ -146,9 +148,7 @@ def _with_another(
     other, its_config = _other_run(against, folder, settings, (tokens, keep), tell)
     tokens, keep = (x.to(settings.device) for x in (other.tokens, other.keep) if x is not None)
     model = _load(folder, settings, tell)
-    if its_config is None:
-        check_trace(other, model.config, (str(folder), str(against)))
-    else:
+    if its_config is not None:
         check_same_shape(model.config, its_config, (str(folder), str(against)))
     tell("minillm: running")
     ours = record(model, tokens, keep, gradients=settings.gradients)
@@ -169,6 +169,8 @@ def _other_run(
 ) -> tuple[Trace, DecoderConfig | None]:
     if Path(against).is_file():
         recorded = Trace.load(against)
+        config = read_settings(folder, allow_pickle=settings.allow_pickle, ignore=settings.ignore)
+        check_trace(recorded, config, (str(folder), str(against)))
         if settings.gradients and not recorded.gradients:
             raise InputError(f"{against}: holds no gradients; save it again with --gradients, or compare without them")
         return recorded, None

@@ -93,13 +93,24 @@ def check_same_shape(ours: DecoderConfig, theirs: DecoderConfig, names: tuple[st
         raise InputError(f"{names[0]} and {names[1]} are built differently ({said}); compare like with like")
 
 
+def check_head(config: DecoderConfig, folder: Path, *, gradients: bool, alone: bool) -> None:
+    """InputError for what a scalar head (of a reward model) does not have. alone: to compare with transformers."""
+    if config.head == "lm" or not (gradients or alone):
+        return
+    if alone:
+        raise InputError(
+            f"{folder}: has a scalar head, and what transformers loads to compare has none; give --against"
+        )
+    raise InputError(f"{folder}: has a scalar head, and --gradients are those of predicting tokens; leave them out")
+
+
 def check_trace(recorded: Trace, config: DecoderConfig, names: tuple[str, str]) -> None:
     """InputError where a saved trace is not of one whole forward of a model of this shape."""
-    if recorded.tokens is None or "embed" not in recorded or "logits" not in recorded:
+    if recorded.tokens is None or recorded.keep is None or "embed" not in recorded or "logits" not in recorded:
         raise InputError(f"{names[1]}: holds no whole forward; save one with `minillm verify --save-trace`")
     layers = {name.split(".")[1] for name in recorded if name.startswith("blocks.")}
-    found = (recorded["embed"].shape[-1], recorded["logits"].shape[-1], len(layers))
-    right = (config.hidden_size, config.vocab_size, config.num_layers)
+    found = (recorded["embed"].shape[-1], *recorded["logits"].shape[2:], len(layers))
+    right = (config.hidden_size, *([config.vocab_size] if config.head == "lm" else []), config.num_layers)
     if found != right:
         raise InputError(
             f"{names[1]} is of a model of width, vocabulary and layers {found}, {names[0]} has {right}; "

@@ -39,7 +39,7 @@ Verdict = Literal["equal", "noise", "inherited", "ours", "theirs", "both", "unkn
 #: Distances in units in the last place that a histogram counts: 0, 1, 2, up to 4, .. and beyond.
 ULPS = (0, 1, 2, 4, 8, 16, 64)
 _SUM = 8
-#: A token of zeros is measured against this part of the others.
+#: A token of zeros is measured against this part of the others; some cases have a larger one.
 _FLOOR = 1e-6
 FAULTY = ("ours", "theirs", "both")
 
@@ -83,7 +83,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Case:
-    """One side at one operation, with all that a diagnosis needs to compute it anew."""
+    """One side at one operation, with all that a diagnosis needs to compute it anew. floor: see `distance`."""
 
     operation: Operation
     inputs: tuple[Tensor, ...]
@@ -91,6 +91,7 @@ class Case:
     exact: Tensor
     plain: Tensor
     dtype: torch.dtype
+    floor: float = _FLOOR
 
 
 Side = Literal["ours", "theirs"]
@@ -135,7 +136,7 @@ class _Run:
         same = self._alike.issuperset(step.inputs) and ours.dtype == theirs.dtype
         reading = self.sides[:1] if same else self.sides
         stacked = [
-            torch.cat([*(_rows(side[name], self.formula).double() for side in reading), self.chain[name]])
+            torch.cat([*(rows(side[name], self.formula).double() for side in reading), self.chain[name]])
             for name in step.inputs
         ]
         exact = self.formula(step, stacked, torch.float64)
@@ -184,35 +185,29 @@ class _Side:
         if step.name not in self.trace:
             self.computed[step.name] = exact
             return None
-        inputs = tuple(_rows(self[name], formula) for name in step.inputs)
-        if _rows(self.trace[step.name], formula).shape != exact.shape:
+        inputs = tuple(rows(self[name], formula) for name in step.inputs)
+        if rows(self.trace[step.name], formula).shape != exact.shape:
             self.computed[step.name] = exact  # what follows is measured as if it were right
         if step.kind in ("linear", "logits") and self.dtype.itemsize == 2:
             plain = exact.to(self.dtype)  # summed in fp32 and rounded once: on some processors a slow product
         else:
             plain = formula(step, inputs, self.dtype)
-        return Case(step, inputs, _rows(self.trace[step.name], formula), exact, plain, self.dtype)
+        return Case(step, inputs, rows(self.trace[step.name], formula), exact, plain, self.dtype)
 
 
-def _rows(x: Tensor, formula: Formula) -> Tensor:
+def rows(x: Tensor, formula: Formula) -> Tensor:
     """Tables that are the same for all rows, once for each."""
     batch = formula.tokens.shape[0]
     return x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x
 
 
 def judge(
-    step: Operation,
-    cases: Sequence[Case | None],
-    chain: Tensor | None,
-    keep: Tensor,
-    on_fault: OnFault | None,
-    *,
-    floor: float = _FLOOR,
+    step: Operation, cases: Sequence[Case | None], chain: Tensor | None, keep: Tensor, on_fault: OnFault | None
 ) -> Result:
     """Ours and theirs at one operation. chain: of the float64 run; without one the drift is the local error."""
     ours, theirs = cases
-    errors = [None if ours is None else measure(ours, chain, keep, floor)]
-    errors.append(errors[0] if theirs is ours else None if theirs is None else measure(theirs, chain, keep, floor))
+    errors = [None if ours is None else measure(ours, chain, keep)]
+    errors.append(errors[0] if theirs is ours else None if theirs is None else measure(theirs, chain, keep))
     between = None
     if ours is not None and theirs is not None and ours.found.shape == theirs.found.shape:
         between = _between(ours, theirs, keep)
@@ -226,15 +221,15 @@ def judge(
     return Result(step, tuple(shapes[0]), errors[0], errors[1], between, verdict)
 
 
-def measure(case: Case, chain: Tensor | None, keep: Tensor, floor: float = _FLOOR) -> Errors:
+def measure(case: Case, chain: Tensor | None, keep: Tensor) -> Errors:
     """The errors of one side; infinite where the shape is another or a number is not finite without need."""
     if case.found.shape != case.exact.shape:
         return Errors(float("inf"), 0.0, float("inf"), float("inf"))
     found, exact = tokens_of(case.found, keep), tokens_of(case.exact, keep)
-    allowed = bound(tokens_of(case.plain, keep), exact, case.dtype, floor)
+    allowed = bound(tokens_of(case.plain, keep), exact, case.dtype, case.floor)
     away = _apart(found, exact)
-    local = _relative(away, exact, floor)
-    drift = local if chain is None else distance(found, tokens_of(chain, keep), floor)
+    local = _relative(away, exact, case.floor)
+    drift = local if chain is None else distance(found, tokens_of(chain, keep), case.floor)
     return Errors(local, allowed, drift, _largest(away))
 
 
@@ -305,7 +300,7 @@ def _between(ours: Case, theirs: Case, keep: Tensor) -> Between:
     a, b = (z.nan_to_num(0.0, 0.0, 0.0).flatten() for z in (x, y))
     norms = float(a.norm() * b.norm())
     cosine = float(a @ b) / norms if norms else 1.0
-    return Between(_largest(apart), _relative(apart, y), cosine, ulp_histogram(x, y, coarser))
+    return Between(_largest(apart), _relative(apart, y, ours.floor), cosine, ulp_histogram(x, y, coarser))
 
 
 def ulp_histogram(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[int, ...]:

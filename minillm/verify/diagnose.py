@@ -32,13 +32,14 @@ def diagnose(case: Case, formula: Formula, trace: Trace) -> Cause | None:
     if case.found.shape != case.exact.shape:
         return Cause("shape", f"in nothing: its shape is {tuple(case.found.shape)}, not {tuple(case.exact.shape)}")
     exact, found = tokens_of(case.exact, keep), tokens_of(case.found, keep)
-    allowed = 2 * bound(tokens_of(case.plain, keep), exact, case.dtype)  # its own plain formula is not computed
-    wrong = distance(found, exact)
+    # a candidate's own plain formula is not computed
+    allowed = 2 * bound(tokens_of(case.plain, keep), exact, case.dtype, case.floor)
+    wrong = distance(found, exact, case.floor)
     for kinds, generate in GENERATORS:
         if case.operation.kind not in kinds and (kinds or case.operation.kind == "gradient"):
             continue
         for candidate in generate(scene):
-            away = distance(found, tokens_of(candidate.output, keep))
+            away = distance(found, tokens_of(candidate.output, keep), case.floor)
             if away <= allowed and away < wrong / 4:
                 return Cause(candidate.key, candidate.text)
     return None
@@ -50,7 +51,8 @@ def locate(case: Case, formula: Formula) -> str:
         return ""
     apart = (case.found.double() - case.exact).nan_to_num(torch.inf, torch.inf, torch.inf).abs()
     scale = case.exact.nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt()
-    allowed = 8 * bound(tokens_of(case.plain, formula.keep), tokens_of(case.exact, formula.keep), case.dtype)
+    plain, exact = (tokens_of(x, formula.keep) for x in (case.plain, case.exact))
+    allowed = 8 * bound(plain, exact, case.dtype, case.floor)
     wrong = apart > allowed * scale
     if wrong.ndim == 3:
         keep = formula.keep[:, :, None]

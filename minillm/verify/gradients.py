@@ -14,8 +14,8 @@ weights in a fused kernel) is passed over with its own sum in its place, exact a
     parameters     the same with y a weight or bias, all its numbers as one token; a tied embedding sums both its uses
     norms          their parameters' gradients are sums over tokens; `plain` adds token by token in the side's dtype, as
                    torch's LayerNorm does (one buffer a thread)
-    softmax        its backward is w (g - sum w g), a difference; fused kernels take the sum from their own rounded
-                   output, as sum over E of out g_out, and so does `plain` where the kernel was fused
+    softmax        its backward is w (g - sum w g), a difference: `plain` has w as recorded, perhaps rounded. Fused
+                   kernels take the sum from their own rounded output, as sum over E of out g_out, and so does `plain`
     chain          there is no float64 run backward: `Errors.chain` is the local error
 
 The order is that of the backward pass: an operation's output before its parameters, these before its inputs.
@@ -32,7 +32,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from minillm.verify.compare import FAULTY, Case, Errors, Result, Side, judge
+from minillm.errors import InputError
+from minillm.losses.next_token import next_token_loss
+from minillm.verify.compare import FAULTY, Case, Errors, Result, Side, judge, rows
 from minillm.verify.operations import Operation, operations
 from minillm.verify.reference import Formula, wide
 from minillm.verify.trace import Trace
@@ -59,6 +61,15 @@ def predicted(keep: Tensor) -> Tensor:
     return keep & before
 
 
+def pull_back(logits: Tensor, tokens: Tensor, keep: Tensor) -> None:
+    """Backward from the loss: logits (B, T, V) · tokens, keep (B, T). InputError where there is none to derive."""
+    if logits.ndim < 3:
+        raise InputError("gradients are those of predicting tokens, and this model has a scalar head; leave them out")
+    if not logits.requires_grad:
+        raise InputError("gradients: every parameter is frozen; set requires_grad of those to verify")
+    next_token_loss(logits, tokens, predicted(keep), total=1).backward()
+
+
 def compare_gradients(
     ours: Trace, theirs: Trace, formula: Formula, *, on_fault: OnGradientFault, apart: bool = False
 ) -> Iterator[Result]:
@@ -76,7 +87,9 @@ def compare_gradients(
         step = Operation(name, "gradient", readers[0], layer)
         local = whole if is_parameter(name) else formula
         accused = [case and replace(case, operation=step) for case in cases]
-        result = judge(step, accused, None, local.keep, partial(on_fault, formula=local), floor=_FLOOR)
+        result = judge(step, accused, None, local.keep, partial(on_fault, formula=local))
+        if is_parameter(name):  # was one token
+            result = replace(result, shape=tuple(formula.parameter(name).shape))
         if result.verdict == "noise" and apart and _far(result):
             result = replace(result, verdict="inherited")
         apart = apart or result.verdict in FAULTY
@@ -138,7 +151,7 @@ class _Side:
         if is_parameter(name):
             tensors = [x.reshape(1, 1, -1) for x in tensors]
         found, exact, plain, *inputs = tensors
-        return readers, Case(Operation(name, "gradient"), tuple(inputs), found, exact, plain, self.dtype)
+        return readers, Case(Operation(name, "gradient"), tuple(inputs), found, exact, plain, self.dtype, _FLOOR)
 
     def pull(self, step: Operation) -> dict[str, None]:
         """Add this operation's part to the gradient of all it reads; the names of its parameters."""
@@ -148,29 +161,37 @@ class _Side:
             exact, plain = found.double(), found
         inputs = {name: self._values[name] for name in _reads(step)}
         terms = _pulled(self.formula, step, inputs, exact, torch.float64)
-        rough = self._plainly(step, inputs, plain, fused=found is None)
+        rough = self._plainly(step, inputs, plain)
         for name, term in terms.items():
             self._terms[name].append(_Term(step.name, term, rough[name].to(self.dtype)))
         return {name: None for name in terms if name not in inputs}
 
-    def _plainly(
-        self, step: Operation, inputs: dict[str, Tensor], gradient: Tensor, *, fused: bool
-    ) -> dict[str, Tensor]:
-        if step.kind == "weights" and fused:
-            return {step.inputs[0]: self._through_fused_softmax(step, inputs[step.inputs[0]], gradient)}
+    def _plainly(self, step: Operation, inputs: dict[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
+        if step.kind == "weights":
+            return {step.inputs[0]: self._through_softmax(step, inputs[step.inputs[0]], gradient)}
         if step.kind == "norm" and self.dtype.itemsize == 2:
             each = _pulled(self.formula, step, inputs, gradient, self.dtype, each=gradient.shape[:2])
             return {name: x if name in inputs else _one_by_one(x) for name, x in each.items()}
-        # Products sum in fp32 and round once (on some processors a slow product in 16 bits); softmax works in fp32.
-        summed_wide = step.kind in ("linear", "logits", "weights")
+        # Products sum in fp32 and round once (on some processors a slow product in 16 bits).
+        summed_wide = step.kind in ("linear", "logits")
         return _pulled(self.formula, step, inputs, gradient, wide(self.dtype) if summed_wide else self.dtype)
 
-    def _through_fused_softmax(self, step: Operation, scores: Tensor, gradient: Tensor) -> Tensor:
-        """w (g - sum over E of out g_out), in place of w (g - sum over S of w g)."""
+    def _is_fused(self, weights: str) -> bool:
+        """Whether a kernel kept the weights to itself; there is nothing to pull back where all below is frozen."""
+        mixed = weights.replace("weights", "mixed")
+        known = self._slopes.get(mixed)
+        return weights not in self._slopes and known is not None and known.shape == self._values[mixed].shape
+
+    def _through_softmax(self, step: Operation, scores: Tensor, gradient: Tensor) -> Tensor:
+        """w (g - sum over S of w g), w as recorded; of a fused kernel w (g - sum over E of out g_out)."""
         mixed, dtype = step.name.replace("weights", "mixed"), wide(self.dtype)
-        out, slope = (self.formula.split(x[mixed].to(gradient.dtype)) for x in (self._values, self._slopes))
-        inner = (out.to(dtype) * slope.to(dtype)).sum(dim=-1, keepdim=True)  # (B, H, T, 1)
-        return scores.to(dtype).softmax(dim=-1) * (gradient.to(dtype) - inner)
+        if self._is_fused(step.name):
+            out, slope = (self.formula.split(x[mixed].to(gradient.dtype)) for x in (self._values, self._slopes))
+            weights, terms = scores.to(dtype).softmax(dim=-1), out.to(dtype) * slope.to(dtype)
+        else:
+            weights = self._values[step.name].to(dtype)
+            terms = weights * gradient.to(dtype)
+        return weights * (gradient.to(dtype) - terms.sum(dim=-1, keepdim=True))  # (B, H, T, S), (B, H, T, 1)
 
 
 def _reads(step: Operation) -> tuple[str, ...]:
@@ -215,22 +236,40 @@ def _compute(formula: Formula, step: Operation, inputs: list[Tensor], dtype: tor
 
 def _one_by_one(parts: Tensor) -> Tensor:
     """(B, T, D) -> (D,), every addition rounded."""
-    first, *others = parts.flatten(0, 1)
-    return _total([first, *others])
+    return _total([*parts.flatten(0, 1)])
 
 
 def _values(trace: Trace, formula: Formula) -> dict[str, Tensor]:
-    """What was recorded, and in float64 what was not. Padding that sees nothing (softmax of -inf) gets zeros."""
+    """What was recorded, and in float64 what was not or has another shape.
+
+    Padding that sees nothing (softmax of -inf) gets zeros.
+    """
     values: dict[str, Tensor] = {}
+    shapes = _shapes(formula)
     for step in operations(formula.config):
-        x = trace.get(step.name)
-        if x is None:
+        x = rows(trace[step.name], formula) if step.name in trace else None
+        if x is None or x.shape != shapes[step.name]:
             x = formula(step, [values[name] for name in step.inputs], torch.float64)
         if step.kind in ("scores", "weights"):
             empty = (x.isnan() | x.isneginf()).all(dim=-1, keepdim=True) & ~formula.keep[:, None, :, None]
-            x = x.masked_fill(empty, 0.0)
+            x = x.masked_fill(empty, 0.0) if bool(empty.any()) else x
         values[step.name] = x
     return values
+
+
+def _shapes(formula: Formula) -> dict[str, torch.Size]:
+    """What each operation gives, without computing it."""
+    nowhere = replace(
+        formula,
+        parameter=lambda name: formula.parameter(name).to("meta"),
+        tokens=formula.tokens.to("meta"),
+        keep=formula.keep.to("meta"),
+        frequencies=None if formula.frequencies is None else formula.frequencies.to("meta"),
+    )
+    outputs: dict[str, Tensor] = {}
+    for step in operations(formula.config):
+        outputs[step.name] = nowhere(step, [outputs[name] for name in step.inputs], torch.float64)
+    return {name: x.shape for name, x in outputs.items()}
 
 
 def _loss_slope(logits: Tensor, formula: Formula) -> Tensor:

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from minillm.config import DecoderConfig
-from minillm.losses.next_token import next_token_loss
 from minillm.model import Decoder
 from minillm.model.rope import attention_factor, frequencies
-from minillm.verify.compare import Case, Errors, Result, Side, compare
+from minillm.verify.compare import FAULTY, Case, Errors, Result, Side, compare
 from minillm.verify.diagnose import diagnose, locate
-from minillm.verify.gradients import compare_gradients, predicted
+from minillm.verify.gradients import compare_gradients, pull_back
 from minillm.verify.known_faults import known_fault
 from minillm.verify.operations import operations
 from minillm.verify.reference import Formula
@@ -52,13 +51,14 @@ def verify_models(ours: Decoder, oracle: Oracle, tokens: Tensor, keep: Tensor, *
 def record(model: Decoder, tokens: Tensor, keep: Tensor, *, gradients: bool = False) -> Trace:
     """One forward of our model, recorded: tokens, keep (B, T).
 
-    gradients: also backward from `next_token_loss`; the trace has the parameters' gradients too, the model none.
+    gradients: also backward from `next_token_loss`; the trace has the parameters' gradients too (but for frozen ones),
+    the model none.
     """
     with torch.set_grad_enabled(gradients), trace(model, gradients=gradients) as recorded:
         logits = model(tokens, keep=keep)
         if gradients:
             model.zero_grad(set_to_none=True)
-            next_token_loss(logits, tokens, predicted(keep), total=1).backward()
+            pull_back(logits, tokens, keep)
             recorded.gradients |= {name: gradient_of(x) for name, x in model.named_parameters() if x.requires_grad}
             model.zero_grad(set_to_none=True)
     return recorded
@@ -116,7 +116,7 @@ def examine(
         tell("comparing operations", len(results), total)
     gradients: list[Result] = []
     if ours.gradients and theirs.gradients:
-        apart = any(result.verdict not in ("equal", "noise") for result in results)
+        apart = any(result.verdict in ("inherited", *FAULTY) for result in results)
         for result in compare_gradients(ours, theirs, formula, on_fault=on_fault, apart=apart):
             gradients.append(result)
             tell("comparing gradients", len(gradients), len(ours.gradients))

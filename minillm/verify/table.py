@@ -106,7 +106,7 @@ def place(operation: Operation) -> str:
     """
     if operation.layer is not None:
         return str(operation.layer)
-    return "before" if operation.name == "embed" or operation.name.startswith("rotary.") else "after"
+    return "before" if operation.name.startswith(("embed", "rotary.")) else "after"
 
 
 def ratio(errors: Errors | Fault) -> float:
@@ -287,5 +287,5 @@ def _places(fault: Fault, report: Report) -> str:
     if len(fault.layers) < 2:
         return where
     layers = {result.operation.layer for result in (*report.results, *report.gradients)} - {None}
-    which = "every layer" if len(fault.layers) == len(layers) else f"layers {ranges(list(fault.layers))}"
+    which = "every layer" if len(fault.layers) == len(layers) else f"layers {ranges(sorted(fault.layers))}"
     return f"{where}, in {which}"

@@ -90,8 +90,9 @@ class Trace(Mapping[str, Tensor]):
 
     def begin(self, tokens: Tensor, keep: Tensor | None) -> None:
         """Forget everything: a forward of these tokens starts."""
-        for kept in (self.tensors, self.gradients, self.statistics):
-            kept.clear()
+        self.tensors.clear()
+        self.statistics.clear()
+        self.gradients = {}  # a backward from what ran before goes on to write into the old one
         self.tokens = tokens.detach().clone()
         self.keep = torch.ones_like(tokens, dtype=torch.bool) if keep is None else keep.clone()
 
@@ -167,7 +168,8 @@ def sink(
         source = x if of is None else of
         if gradients and source.requires_grad:
             recorded.gradients[name] = x.detach().new_zeros(()).expand(x.shape)  # one number, until backward comes by
-            source.register_hook(lambda gradient: _add(recorded.gradients, name, pick(gradient.detach())))
+            kept = recorded.gradients
+            source.register_hook(lambda gradient: _add(kept, name, pick(gradient.detach())))
 
     return take
 

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 
 from minillm.config import DecoderConfig
 from minillm.errors import InputError
-from minillm.losses.next_token import next_token_loss
 from minillm.verify.attention_calls import AttentionCalls
-from minillm.verify.gradients import predicted
+from minillm.verify.gradients import pull_back
 from minillm.verify.trace import Take, Trace, after, before, gradient_of, sink, take_rotary, watch_attention
 
 _LLAMA = {
@@ -115,12 +114,12 @@ class Oracle:
         return getattr(self._modules[module], leaf)
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Our name of each parameter, and its gradient; zero where backward left none."""
+        """Our name of each parameter that is not frozen, and its gradient; zero where backward left none."""
         for name, module in self._modules.items():
             if name != "lm_head" or not self.config.tied_embeddings:
-                yield from ((f"{name}.{leaf}", gradient_of(x)) for leaf, x in module.named_parameters())
+                yield from ((f"{name}.{leaf}", gradient_of(x)) for leaf, x in _trained(module))
         for layer, block in enumerate(self.layers if self.falcon else ()):
-            for leaf, x in block.self_attention.query_key_value.named_parameters():
+            for leaf, x in _trained(block.self_attention.query_key_value):
                 fused = gradient_of(x)
                 for part, rows in self._qkv.items():
                     yield f"blocks.{layer}.attention.{part}.{leaf}", fused[rows]
@@ -146,7 +145,7 @@ class Oracle:
             logits = self.model(tokens, attention_mask=keep.long(), position_ids=positions, use_cache=False).logits
             if gradients:
                 self.model.zero_grad(set_to_none=True)
-                next_token_loss(logits, tokens, predicted(keep), total=1).backward()
+                pull_back(logits, tokens, keep)
                 recorded.gradients |= dict(self._gradients())
                 self.model.zero_grad(set_to_none=True)
         return recorded
@@ -179,6 +178,10 @@ class Oracle:
                 yield _after_fused(attention.query_key_value, f"{name}.attention", self._qkv, take)
             yield from watch_attention(attention, f"{name}.attention", calls, take, self.config)
             yield after(block, name, take)
+
+
+def _trained(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, x) for name, x in module.named_parameters() if x.requires_grad)
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -1,8 +1,8 @@
 """LLM.int8 against bitsandbytes 0.50's CPU backend: statistics, codes and integer sums exactly.
 
 Its floats come out 1.8e-5 too large (a constant with a lost zero) and through fp16, so that they are compared to 1e-3
-of the largest; `tests/native/test_int8.py` holds ours to the formula. Its layer is asked in eval(): in train() it computes
-something else on a CPU.
+of the largest; `tests/native/test_int8.py` holds ours to the formula. Its layer is asked in eval(): in train() it
+computes something else on a CPU.
 """
 
 from __future__ import annotations

@@ -12,10 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from minillm import cli
 from minillm.checkpoint.load import load_model
+from minillm.errors import InputError
 from minillm.model import Decoder
 from minillm.verify.checkpoints import Settings
 from minillm.verify.checkpoints import verify as verify_folder
+from minillm.verify.trace import Trace
 from tests import tiny
 from tests.conftest import Pair
 
@@ -24,7 +27,7 @@ pytestmark = pytest.mark.oracle
 
 from minillm.verify import transformers_oracle  # noqa: E402
 from minillm.verify.report import Report  # noqa: E402
-from minillm.verify.run import verify_models  # noqa: E402
+from minillm.verify.run import examine, oracle_formula, record, verify_models  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -175,6 +178,20 @@ def test_no_correct_variant_is_called_faulty(
         assert all(parameter.grad is None for parameter in ours.parameters())
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_short_texts_with_falcons_softmax_in_16_bits(
+    pair: Callable[[str], Pair], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Eager Falcon keeps its weights rounded, and takes w (g - sum w g) from those: with few keys all is rounding."""
+    folder = tiny.save(pair("falcon_7b").theirs, tmp_path)
+    ours, theirs = load_model(folder, dtype=dtype), transformers_oracle.load(folder, dtype=dtype, attention="eager")
+    keep = torch.ones(2, 4, dtype=torch.bool)
+    keep[1, 0] = False
+    for seed in range(8, 14):
+        report = verify_models(ours, theirs, tiny.tokens(2, 4, seed), keep, gradients=True)
+        assert report.first is None, report.first
+
+
 def test_a_fault_in_the_forward_is_not_one_of_the_backward(pair: Callable[[str], Pair]) -> None:
     """Its own derivatives are right, and differ because what they are of differs."""
     made = pair("llama_gqa_8_2")
@@ -197,9 +214,138 @@ def test_folders_and_saved_traces(pair: Callable[[str], Pair], tmp_path: Path) -
 
 
 def test_a_trace_without_gradients_is_refused(pair: Callable[[str], Pair], tmp_path: Path) -> None:
-    from minillm.errors import InputError
-
     folder, trace = tiny.save(pair("llama_mha").theirs, tmp_path / "model"), tmp_path / "trace.safetensors"
     verify_folder(folder, save_trace=trace)
     with pytest.raises(InputError, match="holds no gradients; save it again with --gradients"):
         verify_folder(folder, Settings(gradients=True), against=trace)
+
+
+# --- frozen parameters
+
+
+def freeze(model: nn.Module, frozen: Callable[[str], bool]) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen(name))
+    return model
+
+
+FROZEN: dict[str, Callable[[str], bool]] = {
+    "none": lambda name: False,
+    "embedding": lambda name: "embed" in name,
+    "all but the head": lambda name: "lm_head" not in name,
+}
+
+
+@pytest.mark.parametrize("theirs", FROZEN)
+@pytest.mark.parametrize("ours", FROZEN)
+def test_what_is_frozen_is_passed_over(pair: Callable[[str], Pair], ours: str, theirs: str) -> None:
+    made = pair("llama_gqa_8_2")
+    mine, other = (
+        freeze(copy.deepcopy(model), FROZEN[frozen]) for model, frozen in ((made.ours, ours), (made.theirs, theirs))
+    )
+    report = verify(mine, other)
+    assert report.first is None, report.first
+    found = {result.operation.name: result for result in report.gradients}
+    for side, kept in (("ours", ours), ("theirs", theirs)):
+        recorded = {name for name, result in found.items() if getattr(result, side) is not None}
+        assert "lm_head.weight" in recorded
+        assert ("embed.weight" in recorded) == (kept == "none")
+
+
+@pytest.mark.parametrize("side", ["ours", "theirs"])
+def test_all_of_it_frozen_is_refused(pair: Callable[[str], Pair], side: str) -> None:
+    made = {name: copy.deepcopy(getattr(pair("llama_mha"), name)) for name in ("ours", "theirs")}
+    freeze(made[side], lambda name: True)
+    with pytest.raises(InputError, match="every parameter is frozen"):
+        verify(**made)
+
+
+# --- what is said
+
+
+def test_one_token_of_every_head_is_located(pair: Callable[[str], Pair]) -> None:
+    """The first token's gradient of q is all rounding, which is not what the others are measured by."""
+    made = pair("llama_gqa_8_2")
+    ours = copy.deepcopy(made.ours)
+    reads_with(ours.blocks[0].attention.o_proj, _spoilt_row)
+    where = {fault.operation: fault.where for fault in verify(ours, copy.deepcopy(made.theirs)).faults}
+    assert where["blocks.0.attention.q_rotated"] == "only token 3"
+
+
+def _without_rows(gradient: Tensor) -> Tensor:
+    changed = gradient.clone()
+    changed[:40] = 0
+    return changed
+
+
+def test_zeros_in_a_weights_gradient_are_numbers_that_should_be_none(pair: Callable[[str], Pair]) -> None:
+    made = pair("llama_gqa_8_2")
+    ours = copy.deepcopy(made.ours)
+    parameter_with(ours.embed, _without_rows)
+    report = verify(ours, copy.deepcopy(made.theirs))
+    first, second = tiny.tokens(2, 24)[:, :-1].tolist()  # the last token of a row predicts nothing
+    rows = {token for token in (*first, *second[6:]) if token < 40}
+    assert report.first is not None and 0 < len(rows) < 40
+    assert report.first.text == f"with {64 * len(rows)} of {131 * 64} numbers zero"
+
+
+def test_parameters_have_their_own_shape(pair: Callable[[str], Pair]) -> None:
+    made = pair("falcon_40b")
+    shapes = {result.operation.name: result.shape for result in verify(made.ours, made.theirs).gradients}
+    assert all(shapes[name] == tuple(parameter.shape) for name, parameter in made.ours.named_parameters())
+
+
+def test_what_was_not_recorded_is_no_difference(pair: Callable[[str], Pair], tmp_path: Path) -> None:
+    """Gradients that differ by rounding do not inherit it from what nobody recorded."""
+    folder = tiny.save(pair("falcon_7b").theirs, tmp_path)
+    oracle = transformers_oracle.load(folder, dtype=torch.bfloat16)
+    tokens = tiny.tokens(2, 24)
+    keep = torch.ones_like(tokens, dtype=torch.bool)
+    ours = record(load_model(folder, dtype=torch.bfloat16), tokens, keep, gradients=True)
+    theirs = oracle.record(tokens, keep, gradients=True)
+    formula = oracle_formula(oracle, tokens, keep)
+    seen = [{result.verdict for result in examine(ours, theirs, formula, names=("a", "b")).results}]
+    del theirs.tensors["blocks.0.mlp.inner"]
+    report = examine(ours, theirs, formula, names=("a", "b"))
+    assert "inherited" not in seen[0] and "unknown" in {result.verdict for result in report.results}
+    assert "inherited" not in {result.verdict for result in report.gradients}
+
+
+# --- what cannot be compared
+
+
+def test_a_trace_of_another_shape_within(pair: Callable[[str], Pair], tmp_path: Path) -> None:
+    folder, trace = tiny.save(pair("falcon_7b").theirs, tmp_path / "falcon"), tmp_path / "trace.safetensors"
+    other = tiny.save(pair("llama_gqa_8_2").theirs, tmp_path / "llama")
+    verify_folder(other, Settings(gradients=True), save_trace=trace)
+    report = verify_folder(folder, Settings(gradients=True), against=trace)
+    assert {"shape"} < {fault.cause for fault in report.faults if fault.backward}
+    assert {fault.side for fault in report.faults} == {"theirs"}
+
+
+def test_a_trace_of_nothing_is_refused(pair: Callable[[str], Pair], tmp_path: Path) -> None:
+    folder = tiny.save(pair("llama_mha").theirs, tmp_path / "model")
+    Trace().save(tmp_path / "trace.safetensors")
+    with pytest.raises(InputError, match="holds no whole forward"):
+        verify_folder(folder, against=tmp_path / "trace.safetensors")
+
+
+def test_a_scalar_head(tmp_path: Path) -> None:
+    """Of a reward model: against another run, whole or saved; it predicts no token, and transformers has no such."""
+    import transformers
+
+    config = transformers.LlamaConfig(**tiny.VARIANTS["llama_gqa_8_2"].fields, num_labels=1)
+    folder = tiny.save(transformers.LlamaForSequenceClassification(config), tmp_path / "model")
+    trace = tmp_path / "trace.safetensors"
+    assert verify_folder(folder, against=folder, save_trace=trace).verdict == "equal"
+    assert verify_folder(folder, against=trace).verdict == "equal"
+    with pytest.raises(InputError, match="has a scalar head, and --gradients"):
+        verify_folder(folder, Settings(gradients=True), against=folder)
+    with pytest.raises(InputError, match="transformers loads to compare has none"):
+        verify_folder(folder)
+
+
+@pytest.mark.parametrize("option", ["--json", "--png", "--save-trace"])
+def test_a_missing_folder_is_said_first(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(tmp_path), option, str(tmp_path / "none" / "file")]) == 2
+    assert "there is no folder" in capsys.readouterr().err

@@ -236,6 +236,14 @@ def test_gradients_have_a_table_of_their_own(reports: dict[str, Report]) -> None
     assert [line.split()[0] for line in table[3:8]] == ["after", "2", "1", "0", "before"]
 
 
+def test_the_gradient_of_the_embedding_stands_before_the_layers(reports: dict[str, Report]) -> None:
+    embed = reports["equal"].results[0]
+    weight = replace(embed, operation=Operation("embed.weight", "gradient"))
+    text = printed(replace(reports["equal"], gradients=(embed, weight)), full=True)
+    table = text[text.index("Gradients, in the order of the backward pass") :]
+    assert "W embed" in table and "after" not in table
+
+
 # --- verdict
 
 
@@ -265,6 +273,9 @@ def test_sentence(reports: dict[str, Report]) -> None:
     assert sentence(some, replace(report, faults=(some,))) == (
         start + "12 times what rounding allows, only head 3, in layers 0, 2. It equals the formula with ALiBi times 2."
     )
+
+    backward = replace(fault, layers=(2, 1))
+    assert ", in layers 1-2." in sentence(backward, replace(report, faults=(backward,)))
 
     known = replace(fault, layers=(0,), error=math.inf, known="falcon-eager-alibi")
     text = sentence(known, report)  # not the first one of this report

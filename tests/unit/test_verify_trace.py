@@ -222,6 +222,8 @@ class ByHand(Attention):
     """What a user might write: products and softmax in plain sight, keys repeated for each query head."""
 
     expand = staticmethod(Tensor.repeat_interleave)
+    product = staticmethod(torch.matmul)
+    softmax = staticmethod(nn.functional.softmax)
 
     def forward(self, x: Tensor, rotation: object, mask: Tensor | None, remember: object) -> Tensor:
         batch, length, _ = x.shape
@@ -233,11 +235,22 @@ class ByHand(Attention):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         k, v = (self.expand(t, self.num_heads // self.num_kv_heads, dim=1) for t in (k, v))
         visible = mask if mask.dtype == torch.bool else mask > -1e9
-        scores = torch.matmul(q, k.transpose(2, 3)) * self.head_size**-0.5
+        scores = self.product(q, k.transpose(2, 3)) * self.head_size**-0.5
         scores = scores.masked_fill(~visible, -1e4) + (0 if mask.dtype == torch.bool else mask.clamp(min=-1e4))
-        weights = nn.functional.softmax(scores, dim=-1)
+        weights = self.softmax(scores, dim=-1)
         scores.zero_()  # reuse of its memory: the trace must have its own copy
-        return self.o_proj(torch.matmul(weights, v).transpose(1, 2).flatten(2))
+        return self.o_proj(self.product(weights, v).transpose(1, 2).flatten(2))
+
+
+def test_arguments_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("llama")
+    for block in model.blocks:
+        block.attention.__class__ = ByHand
+    expected = recorded_of(model)
+    monkeypatch.setattr(ByHand, "product", staticmethod(lambda x, y: torch.matmul(input=x, other=y)))
+    monkeypatch.setattr(ByHand, "softmax", staticmethod(lambda x, dim: torch.softmax(dim=dim, input=x)))
+    found = recorded_of(model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("shape", ["llama", "falcon", "grouped_alibi"])
@@ -380,6 +393,15 @@ def test_a_second_forward_begins_anew(statistics: bool) -> None:
     assert list(second) == list(first)
     assert all(x.shape[0] == 1 for x in second.values())
     assert not any(bool(x.any()) for x in recorded.gradients.values())
+
+
+def test_a_late_backward_does_not_reach_the_second_forward() -> None:
+    model, (tokens, keep) = made("llama"), text()
+    with trace(model, gradients=True) as recorded:
+        first = model(tokens, keep=keep)
+        model(tokens.flip(1), keep=keep)
+        first.sum().backward()
+    assert recorded.gradients and not any(bool(x.any()) for x in recorded.gradients.values())
 
 
 # -- options -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from minillm.verify.compare import distance, tokens_of
+from minillm.verify.gradients import is_parameter
 from minillm.verify.scene import Candidate, Scene
 
 _SMALLER = (torch.bfloat16, torch.float16)
@@ -43,9 +44,10 @@ def zeros(scene: Scene) -> Iterator[Candidate]:
     found = scene.case.found
     yield Candidate("zero", "times zero", torch.zeros_like(scene.case.exact))
     if found.ndim == 3:
-        blank = (found == 0).all(dim=0).all(dim=0)
+        blank = ((found == 0) & (scene.case.exact != 0).any(dim=(0, 1))).all(dim=(0, 1))  # not those that should be
         if bool(blank.any()):
-            yield Candidate("zero", f"with {int(blank.sum())} of {len(blank)} columns zero", scene.case.exact * ~blank)
+            what = "numbers" if is_parameter(scene.name) else "columns"
+            yield Candidate("zero", f"with {int(blank.sum())} of {len(blank)} {what} zero", scene.case.exact * ~blank)
 
 
 def shifted(scene: Scene) -> Iterator[Candidate]:
