@@ -1,8 +1,8 @@
 """The compiled kernels: which there are, which are chosen, and every check that stands before a raw address.
 
 `minillm._cpu` takes addresses, sizes and a number of threads, and believes them. So tensors are checked here, once:
-dtype, shape, device, contiguity. Nobody else imports the module. Without it (no compiler, another platform) `available()` is
-False and the definitions in torch serve, slowly; `minillm doctor` says so.
+dtype, shape, device, contiguity. Nobody else imports the module. Without it (no compiler, another platform)
+`available()` is False and the definitions in torch serve, slowly; `minillm doctor` says so.
 """
 
 from __future__ import annotations

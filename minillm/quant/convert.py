@@ -17,7 +17,6 @@ from minillm.errors import InputError, nearest
 from minillm.ops import int8
 from minillm.quant.int8_linear import LinearInt8
 
-
 HEAD = ("lm_head",)
 
 
