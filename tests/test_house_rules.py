@@ -53,20 +53,22 @@ LEVELS = {
     **{
         f"minillm.checkpoint.{name}": 0
         for name in (
-            "families falcon hf_config index llama meta resolve safetensors_header shards tensor_file weight_map"
+            "families falcon hf_config index llama meta resolve safetensors_header shards tensor_file tensors "
+            "weight_map"
         ).split()
     },
     "minillm.model": 1,
-    "minillm.checkpoint": 2,  # load, save: they know the model
+    "minillm.checkpoint": 3,  # load, save: they know the model and its quantised layers
     "minillm.generation": 2,
     "minillm.lora": 2,
     "minillm.quant": 2,
-    "minillm.training": 3,
-    "minillm.verify": 3,
-    "minillm.info": 3,
-    "minillm.doctor": 3,
-    "minillm.cli": 4,
-    "minillm": 4,  # __init__, which gathers the public names
+    "minillm.training": 4,
+    "minillm.verify": 4,
+    "minillm.info": 4,
+    "minillm.plan": 4,
+    "minillm.doctor": 4,
+    "minillm.cli": 5,
+    "minillm": 5,  # __init__, which gathers the public names
 }
 BASE = ("minillm.errors", "minillm.config", "minillm.atomic", "minillm.placement")
 #: The model can be read, copied and tested without the rest of the project.

@@ -52,12 +52,13 @@ void quantise_row(const Int8Input& in, const Int8Kernels& kernels, const Quantis
     }
 }
 
-// Runs on the calling thread's memory, its loops on `threads` threads.
-Quantised quantise(const Int8Input& in, const Int8Kernels& kernels, int threads) {
+// Into q (M, stride) and scale (M); the rest lies in the calling thread's memory. Loops run on `threads` threads.
+Quantised quantise(const Int8Input& in, const Int8Kernels& kernels, int threads, int8_t* q, int64_t stride,
+                   float* scale) {
     Quantised out{};
-    out.stride = padded(in.K);
-    out.q = memory.q.get<int8_t>(in.M * out.stride);
-    out.scale = memory.scale.get<float>(in.M);
+    out.q = q;
+    out.stride = stride;
+    out.scale = scale;
     threads = static_cast<int>(std::min<int64_t>(threads, in.M));
     uint8_t* flags = memory.flags.get<uint8_t>(threads * in.K);  // one set a thread
     std::memset(flags, 0, threads * in.K);
@@ -80,6 +81,12 @@ Quantised quantise(const Int8Input& in, const Int8Kernels& kernels, int threads)
         for (int64_t m = rows.begin; m < rows.end; ++m) quantise_row(in, kernels, out, m);
     });
     return out;
+}
+
+// Into the calling thread's memory, as the kernels want it.
+Quantised quantise(const Int8Input& in, const Int8Kernels& kernels, int threads) {
+    const int64_t stride = padded(in.K);
+    return quantise(in, kernels, threads, memory.q.get<int8_t>(in.M * stride), stride, memory.scale.get<float>(in.M));
 }
 
 // w[n0 + j, columns[c]] as fp32 (outliers, max_panel), read while those rows of w are in the cache.
@@ -221,11 +228,9 @@ void int8_product(const int8_t* x, const int8_t* w, int32_t* y, int64_t M, int64
 }
 
 void int8_quantise(const Int8Input& in, int8_t* q, float* scale, uint8_t* is_outlier, Isa isa, int threads) {
-    const Quantised x = quantise(in, kernels_of(isa), threads);
+    const Quantised x = quantise(in, kernels_of(isa), threads, q, in.K, scale);
     std::memset(is_outlier, 0, in.K);
     for (int64_t c = 0; c < x.outliers; ++c) is_outlier[x.columns[c]] = 1;
-    std::memcpy(scale, x.scale, in.M * sizeof(float));
-    for (int64_t m = 0; m < in.M; ++m) std::memcpy(q + m * in.K, x.q + m * x.stride, in.K);
 }
 
 void int8_dequantise(const int8_t* w, const float* scale, void* out, Dtype dtype, int64_t N, int64_t K, Isa isa,

@@ -102,6 +102,8 @@ class Fields:
                 continue
             if name == "quantization_config":
                 method = value.get("quant_method", "unknown") if isinstance(value, Mapping) else "unknown"
+                if method == "bitsandbytes":  # `minillm.checkpoint.quantised` reads it
+                    continue
                 raise ConfigError(
                     f"{self.where}: the weights are already quantised ({method}); load the float checkpoint instead"
                 )

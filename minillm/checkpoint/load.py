@@ -1,6 +1,6 @@
 """A checkpoint folder -> a `Decoder`, and back.
 
-    folder ── config.json ──▶ DecoderConfig ──▶ Decoder on the meta device (shapes, no memory)
+    folder ── config.json ──▶ DecoderConfig ──▶ Decoder on the meta device (shapes, no memory; linears swapped)
        └──── *.safetensors ─▶ lazy tensors ─▶ WeightMap ─▶ cast ─▶ parameters, one at a time
 
 The model is built without memory and filled tensor by tensor, so that the peak is the model plus the tensor in hand.
@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,26 +22,19 @@ from torch.overrides import TorchFunctionMode
 
 from minillm.checkpoint import meta
 from minillm.checkpoint.families import family_of, read_config, read_json
+from minillm.checkpoint.quantised import QuantisedTensors, stored_quantisation, take_rows
 from minillm.checkpoint.resolve import resolve
 from minillm.checkpoint.shards import open_checkpoint
+from minillm.checkpoint.tensors import Tensors
 from minillm.checkpoint.weight_map import Rule, WeightMap
 from minillm.config import DecoderConfig
 from minillm.data.tokenizer import Tokenizer
-from minillm.errors import CheckpointError
+from minillm.errors import CheckpointError, InputError
 from minillm.model import Decoder
 from minillm.placement import DTYPES, as_device, as_dtype
+from minillm.quant.convert import QUANTISED, Quantisation, as_quantisation, float_shapes, quantize_linears, swap
 
 Report = Callable[[int, int], None]  # (bytes read so far, bytes in all)
-
-
-class Tensors(Protocol):
-    """Named tensors, read one at a time."""
-
-    def keys(self) -> list[str]: ...
-    def shape(self, key: str) -> tuple[int, ...]: ...
-    def dtype(self, key: str) -> torch.dtype: ...
-    def read(self, key: str) -> Tensor: ...
-    def close(self) -> None: ...
 
 
 def load(name_or_folder: str | os.PathLike[str], **options: Any) -> tuple[Decoder, Tokenizer]:
@@ -56,12 +49,13 @@ def load(name_or_folder: str | os.PathLike[str], **options: Any) -> tuple[Decode
     return load_model(folder, **options), tokenizer
 
 
-def load_model(
+def load_model(  # noqa: PLR0913  # the options that a user has, all but one by keyword
     name_or_folder: str | os.PathLike[str],
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    quantize: Quantisation | str | None = None,
     allow_pickle: bool = False,
     ignore: Collection[str] = (),
     report: Report | None = None,
@@ -69,6 +63,8 @@ def load_model(
     """A Hugging Face id or folder, or a folder in Meta's format -> the model, in eval mode.
 
     dtype: of all parameters; None is the checkpoint's own, the one that config.json names.
+    quantize: "int8" rounds the linears but the head while they are read, tensor by tensor; a checkpoint that is
+    quantised already says so itself.
     allow_pickle: also read `.bin` and `.pth` files, with torch's restricted unpickler; safetensors need no trust.
     ignore: config fields known to leave the maths alone.
     report: called with (bytes read, bytes in all) after each tensor.
@@ -82,7 +78,8 @@ def load_model(
         config = _untie_if_different(config, files, weight_map_of(config))
         model = without_memory(config)
         dtype = wanted or _own_dtype(folder, files, weight_map_of(config))
-        fill(model, files, weight_map_of(config), where=str(folder), dtype=dtype, device=device, report=report)
+        read = _quantise(model, files, weight_map_of(config), folder, as_quantisation(quantize))
+        fill(model, read, weight_map_of(config), where=str(folder), dtype=dtype, device=device, report=report)
     finally:
         files.close()
     model.generation_defaults = defaults
@@ -137,32 +134,54 @@ def fill(
 
     Names, shapes and dtypes are compared before the first byte is read; `where` stands in front of those errors.
     """
-    parameters = dict(model.named_parameters())
+    parameters = float_shapes(model)
     matched = weight_map.match(files.keys(), parameters, where=where)
     for key, rule in matched.items():
-        _check_tensor(f"{where}: tensor {key}", files.shape(key), files.dtype(key), rule, parameters)
+        _check_tensor(f"{where}: tensor {key}", files, key, rule, parameters)
     sizes = {key: math.prod(files.shape(key)) * files.dtype(key).itemsize for key in matched}
     done, total = 0, sum(sizes.values())
     for key, rule in matched.items():
-        for name, tensor in zip(rule.ours, rule.split(files.read(key)), strict=True):
-            _place(model, name, tensor.to(device=device, dtype=dtype).contiguous())
+        if isinstance(files, QuantisedTensors) and key in files.quantised:
+            take_rows(model, rule, *files.read_rows(key), device)
+        else:
+            for name, tensor in zip(rule.ours, rule.split(files.read(key)), strict=True):
+                _place(model, name, tensor.to(device), dtype, f"{where}: tensor {key}")
         done += sizes[key]
         if report is not None:
             report(done, total)
 
 
+def _quantise(model: Decoder, files: Tensors, weight_map: WeightMap, folder: Path, how: Quantisation | None) -> Tensors:
+    """Swap the linears that shall be, or in the file are, quantised; returns the files as `fill` reads them."""
+    path = folder / "config.json"
+    stored = stored_quantisation(read_json(path), str(path)) if path.is_file() else None
+    if stored is None:
+        if how is not None:
+            quantize_linears(model, how)
+        return files
+    if how is not None and how != stored:
+        raise CheckpointError(f"{folder}: is quantised already ({stored.kind}); load it without quantize")
+    found = QuantisedTensors(files, str(folder))
+    matched = weight_map.match(found.keys(), dict(model.named_parameters()), where=str(folder))
+    layers = [name for key, rule in matched.items() if key in found.quantised for name in rule.ours]
+    for name in layers:
+        if not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
+            raise CheckpointError(f"{folder}: {name} is int8 and no linear's weight; get the checkpoint again")
+    swap(model, (name.removesuffix(".weight") for name in layers), stored)
+    return found
+
+
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check_tensor(
-    what: str, shape: tuple[int, ...], dtype: torch.dtype, rule: Rule, parameters: Mapping[str, Tensor]
-) -> None:
+def _check_tensor(what: str, files: Tensors, key: str, rule: Rule, parameters: Mapping[str, Tensor]) -> None:
     expected = tuple(rule.join([parameters[name] for name in rule.ours]).shape)
+    shape, dtype = files.shape(key), files.dtype(key)
     if shape != expected:
         raise CheckpointError(
             f"{what} has shape {shape}, but the config asks for {expected}; both must come from the same model"
         )
-    if dtype not in _FLOATS:
+    if dtype not in _FLOATS and not (isinstance(files, QuantisedTensors) and key in files.quantised):
         raise CheckpointError(
             f"{what} is {dtype}; minillm loads {', '.join(map(str, _FLOATS))}: get the checkpoint in one of these"
         )
@@ -186,9 +205,17 @@ def _check_sizes(config: DecoderConfig, files: Tensors, folder: Path) -> None:
             )
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, what: str) -> None:
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))
+    module = model.get_submodule(parent)
+    if isinstance(module, QUANTISED) and leaf == "weight":
+        try:
+            module.take_weight(tensor.contiguous())
+        except InputError as error:
+            raise CheckpointError(f"{what}: {error}") from error
+    else:
+        trains = not isinstance(module, QUANTISED)
+        setattr(module, leaf, nn.Parameter(tensor.to(dtype).contiguous(), requires_grad=trains))
 
 
 def _untie_if_different(config: DecoderConfig, files: Tensors, weight_map: WeightMap) -> DecoderConfig:

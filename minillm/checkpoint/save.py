@@ -16,12 +16,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from minillm.checkpoint.families import family_of
+from minillm.checkpoint.quantised import how_quantised, quantised_layers, written_parts, written_quantisation
 from minillm.checkpoint.shards import save_checkpoint
+from minillm.checkpoint.weight_map import Rule
 from minillm.errors import CheckpointError
 from minillm.model import Decoder
+from minillm.quant.convert import float_shapes
 
 if TYPE_CHECKING:
     from minillm.data.tokenizer import Tokenizer
@@ -38,37 +41,45 @@ def save(
 ) -> None:
     """Write model (and tokenizer) to a folder, bitwise: loading it back gives every parameter with the same bits.
 
+    Quantised layers are written as they are, in the form that transformers reads with bitsandbytes.
     Raises ConfigError where the format named by `model.config.family` has no such shape, and CheckpointError where a
-    layer is not a plain float layer any more (adapters are saved as adapters, or merged first).
+    layer is neither float nor quantised (adapters are saved as adapters, or merged first).
     """
     folder = Path(folder)
     family = family_of(model.config.family, str(folder))
     config = family.config_to_hf(model.config)  # before anything is written: it may refuse
-    parameters = dict(model.named_parameters())
     rules = {rule.theirs: rule for rule in family.weight_map(model.config).rules}
-    _check_complete(parameters, {name for rule in rules.values() for name in rule.ours})
+    _check_complete(set(float_shapes(model)), {name for rule in rules.values() for name in rule.ours})
+    how = how_quantised(model)
+    layout = {name: x for rule in rules.values() for name, x in _written(model, rule, "meta").items()}
+    owner = {name: rule for rule in rules.values() for name in _written(model, rule, "meta")}
 
-    def joined(key: str) -> Tensor:
-        return rules[key].join([parameters[name].detach().cpu() for name in rules[key].ours]).contiguous()
-
-    def described(key: str) -> Tensor:
-        return rules[key].join([parameters[name].detach().to("meta") for name in rules[key].ours])
+    def produced(name: str) -> Tensor:
+        return _written(model, owner[name], "cpu")[name].contiguous()
 
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     ids = {name: model.generation_defaults.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    beside = {"config.json": _json(config | {"torch_dtype": dtype} | ids)}
+    quantised = {} if how is None else {"quantization_config": written_quantisation(how)}
+    beside = {"config.json": _json(config | {"torch_dtype": dtype} | ids | quantised)}
     if model.generation_defaults:
         beside["generation_config.json"] = _json(dict(model.generation_defaults))
     if tokenizer is not None:
         tokenizer.save(folder)
-    layout = {key: described(key) for key in rules}
-    save_checkpoint(layout, joined, folder, max_shard_bytes=max_shard_bytes, beside=beside)
+    save_checkpoint(layout, produced, folder, max_shard_bytes=max_shard_bytes, beside=beside)
     if not model.generation_defaults:
         (folder / "generation_config.json").unlink(missing_ok=True)
 
 
-def _check_complete(parameters: dict[str, nn.Parameter], known: set[str]) -> None:
-    odd = sorted(set(parameters) ^ known)
+def _written(model: Decoder, rule: Rule, device: str) -> dict[str, Tensor]:
+    """The tensors of one rule as the file has them: one, or an int8 weight with what belongs to it."""
+    parts = written_parts(rule, quantised_layers(model), device)
+    if parts is not None:
+        return parts
+    return {rule.theirs: rule.join([model.get_parameter(name).detach().to(device) for name in rule.ours])}
+
+
+def _check_complete(parameters: set[str], known: set[str]) -> None:
+    odd = sorted(parameters ^ known)
     if odd:
         raise CheckpointError(
             f"parameter {odd[0]} has no place in the checkpoint format; merge adapters and dequantise before saving"

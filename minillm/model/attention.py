@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import DecoderConfig
-from minillm.model.linear import make_linear
+from minillm.model.linear import make_linear, project
 from minillm.model.rope import rotate
 
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -89,9 +89,10 @@ class Attention(nn.Module):
         remember: Remember | None,
     ) -> Tensor:
         batch, queries, _ = x.shape
-        q = self.q_proj(x).view(batch, queries, self.num_heads, self.head_size).transpose(1, 2)  # (B, H, T, E)
-        k = self.k_proj(x).view(batch, queries, self.num_kv_heads, self.head_size).transpose(1, 2)  # (B, G, T, E)
-        v = self.v_proj(x).view(batch, queries, self.num_kv_heads, self.head_size).transpose(1, 2)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.view(batch, queries, self.num_heads, self.head_size).transpose(1, 2)  # (B, H, T, E)
+        k = k.view(batch, queries, self.num_kv_heads, self.head_size).transpose(1, 2)  # (B, G, T, E)
+        v = v.view(batch, queries, self.num_kv_heads, self.head_size).transpose(1, 2)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if remember is not None:

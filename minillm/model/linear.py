@@ -8,6 +8,9 @@ torch rounds once, after the bias. Falcon's reference code rounds the product, t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from minillm.config import DecoderConfig
@@ -19,6 +22,21 @@ class SeparateBiasLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         product = x @ self.weight.T
         return product if self.bias is None else product + self.bias
+
+
+def project(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+    """Each linear of the same x: q, k and v; gate and up. A quantised kind rounds x once for all of them.
+
+    A kind that can do so has `together(linears, x)`. It is passed over under autograd, where a linear has hooks (they
+    want to see its own call), and where kinds differ, as when some are wrapped by an adapter.
+    """
+    together = getattr(type(linears[0]), "together", None)
+    if together is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return [linear(x) for linear in linears]
+    if any(type(each) is not type(linears[0]) or each._forward_hooks or each._forward_pre_hooks for each in linears):
+        return [linear(x) for linear in linears]
+    found: Sequence[Tensor] = together(linears, x)
+    return found
 
 
 def make_linear(config: DecoderConfig, inputs: int, outputs: int, *, bias: bool) -> nn.Linear:

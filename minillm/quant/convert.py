@@ -8,10 +8,11 @@ The head stays float, as in the papers and in transformers: its outputs are what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from minillm.errors import InputError, nearest
 from minillm.ops import int8
@@ -40,6 +41,10 @@ KINDS: Mapping[str, Callable[[nn.Linear, Quantisation], nn.Module]] = {
 }
 
 
+#: The classes of quantised layers.
+QUANTISED = (LinearInt8,)
+
+
 def as_quantisation(how: Quantisation | str | None) -> Quantisation | None:
     """`"int8"` -> that kind with its defaults; None stays None."""
     return Quantisation(how) if isinstance(how, str) else how
@@ -55,10 +60,30 @@ def quantize_linears(model: nn.Module, how: Quantisation | str) -> list[str]:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     _check_skip(how.skip, [name for name, _ in model.named_modules()])
     chosen = [name for name in linears if not skipped(name, how.skip)]
-    for name in chosen:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, KINDS[how.kind](linears[name], how))
+    swap(model, chosen, how)
     return chosen
+
+
+def swap(model: nn.Module, names: Iterable[str], how: Quantisation) -> None:
+    """Put a quantised layer in the place of each of these float linears."""
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        setattr(model.get_submodule(parent), leaf, KINDS[how.kind](linear, how))
+
+
+def float_shapes(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter that a float checkpoint fills, on the meta device: a quantised weight as (N, K), no scales."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QUANTISED)}
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if owner not in layers or leaf == "bias":
+            shapes[name] = parameter.to("meta")
+        elif leaf == "weight":
+            shapes[name] = torch.empty(layers[owner].shape, device="meta")
+    return shapes
 
 
 def skipped(name: str, skip: Collection[str]) -> bool:

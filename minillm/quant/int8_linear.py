@@ -12,7 +12,7 @@ Where we differ from bitsandbytes' Linear8bitLt: no state that a forward changes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,11 +54,18 @@ class LinearInt8(nn.Module):
             made.take_weight(weight.detach())
         return made.train(linear.training)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K), that of the float weight."""
+        outputs, inputs = self.weight.shape
+        return outputs, inputs
+
     def take_weight(self, weight: Tensor) -> None:
         """Round a float weight (N, K); where the layer is on the meta device, it moves to that of the weight."""
-        if not bool(weight.isfinite().all()):
+        q, scale, is_infinite = int8.quantise(weight)
+        if not bool(scale.isfinite().all()) or bool(is_infinite.any()):
             raise InputError("a weight holds a NaN or infinity, which int8 cannot; get the checkpoint again")
-        self.take(*int8.quantise(weight)[:2])
+        self.take(q, scale)
 
     def take(self, weight: Tensor, scale: Tensor) -> None:
         """weight (N, K) int8, scale (N,) fp32, as `minillm.ops.int8.quantise` makes them or a file holds them."""
@@ -69,9 +76,12 @@ class LinearInt8(nn.Module):
         return int8.linear(x, self._weight(x), self.threshold or math.inf)
 
     @staticmethod
-    def together(linears: list[LinearInt8], x: Tensor) -> list[Tensor]:
-        """Several layers of one x, which is then quantised once; see `minillm.model.linear.project`."""
-        return int8.linears(x, [linear._weight(x) for linear in linears], linears[0].threshold or math.inf)
+    def together(linears: Sequence[LinearInt8], x: Tensor) -> list[Tensor]:
+        """Several layers of one x, which is then quantised once; see `minillm.model.linear.project`. No gradient."""
+        threshold = linears[0].threshold
+        if any(linear.threshold != threshold for linear in linears):
+            return [linear(x) for linear in linears]
+        return int8.linears(x, [linear._weight(x) for linear in linears], threshold or math.inf)
 
     def _weight(self, x: Tensor) -> int8.Weight:
         bias = self.bias
