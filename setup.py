@@ -25,6 +25,7 @@ cpu = Pybind11Extension(
         "-O3",
         "-fopenmp",
         "-fvisibility=hidden",
+        "-ffp-contract=off",  # a product and a sum are fused where the code says so, and nowhere else
         "-Wall",
         "-Wextra",
         "-Wno-maybe-uninitialized",

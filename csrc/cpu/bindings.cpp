@@ -42,6 +42,8 @@ void linear(Address x, int dtype, int64_t M, int64_t K, float threshold, const s
 
 }  // namespace
 
+void bind_block(py::module_& m);      // bind_block.cpp
+
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "minillm's CPU kernels; use them through minillm.ops";
     m.def("isas", [] {
@@ -51,6 +53,7 @@ PYBIND11_MODULE(_cpu, m) {
         return all;
     });
     m.def("best_isa", [] { return static_cast<int>(best()); });
+    bind_block(m);
 
     m.def("int8_linear", &linear, NoGil());
     m.def(
@@ -75,4 +78,5 @@ PYBIND11_MODULE(_cpu, m) {
                             static_cast<Isa>(isa), threads);
         },
         NoGil());
+
 }

@@ -11,9 +11,6 @@
 #include "int8_linear.h"
 #include "vectors_avx512.h"
 
-// Loops of constant length over registers: unrolled before arrays are placed, or gcc keeps the sums in memory as well.
-#define MINILLM_UNROLL _Pragma("GCC unroll 8")
-
 namespace minillm {
 namespace {
 

@@ -142,12 +142,8 @@ def how_quantised(model: nn.Module) -> Quantisation | None:
     thresholds = {layer.threshold for layer in layers.values()}
     if len(thresholds) > 1:
         raise CheckpointError(f"int8 layers have thresholds {sorted(thresholds)}; a checkpoint holds one for all")
-    skipped = [name for name, module in model.named_modules() if type(module) is nn.Linear or _is_head(name)]
+    skipped = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or name in HEAD]
     return Quantisation("int8", threshold=thresholds.pop(), skip=tuple(skipped or HEAD)) if layers else None
-
-
-def _is_head(name: str) -> bool:
-    return name in HEAD
 
 
 def written_parts(rule: Rule, layers: Mapping[str, LinearInt8], device: str) -> dict[str, Tensor] | None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import DecoderConfig
@@ -16,6 +15,7 @@ from minillm.model.attention import visible_keys
 from minillm.model.block import make_block
 from minillm.model.cache import KVCache
 from minillm.model.heads import ScalarHead
+from minillm.model.linear import Linear, times
 from minillm.model.norms import make_norm
 from minillm.model.rope import Rotary
 
@@ -47,7 +47,7 @@ class Decoder(nn.Module):
         elif config.tied_embeddings:
             self.lm_head = None
         else:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         #: What the checkpoint's generation_config.json says; `minillm.generate` starts from it.
         self.generation_defaults: Mapping[str, object] = {}
 
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V), through the embedding itself where the two are tied."""
-        return F.linear(hidden, self.embed.weight) if self.lm_head is None else self.lm_head(hidden)
+        return times(hidden, self.embed.weight) if self.lm_head is None else self.lm_head(hidden)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache in the model's dtype and on its device."""

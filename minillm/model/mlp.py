@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minillm.config import DecoderConfig
 from minillm.model.linear import make_linear, project
+from minillm.ops import block
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,  # x * sigmoid(x)
@@ -36,7 +37,13 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(self.activation(gate) * up)
+        return self.down_proj(self.gated(gate, up))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """act(gate) * up, both (B, T, F)."""
+        if self.activation is F.silu and block.few_rows(gate):
+            return block.swiglu(gate, up)
+        return self.activation(gate) * up
 
 
 class PlainMLP(nn.Module):

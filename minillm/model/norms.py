@@ -4,7 +4,8 @@
     LayerNorm  y = w * (x - mean(x)) / sqrt(var(x) + eps) + b       arXiv 1607.06450 eq. 4, var over D (biased)
 
 The statistics are taken in at least fp32 whatever the dtype of x. RMSNorm rounds the normalised x back to x's dtype
-*before* the product with w, as Llama does: in bf16 the other order gives other bits.
+*before* the product with w, as Llama does: in bf16 the other order gives other bits. A few rows, as in decoding, go
+through one native call; many through torch, whose sums have the order that other libraries' have, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import DecoderConfig
+from minillm.ops import block
 
 
 class RMSNorm(nn.Module):
@@ -25,6 +27,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if block.few_rows(x):
+            return block.rms_norm(x, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * unit.to(x.dtype)

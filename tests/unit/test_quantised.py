@@ -200,7 +200,7 @@ def test_some_layers_float(tmp_path: Path) -> None:
     model = minillm.load_model(saved(tmp_path / "float", "llama"), quantize=how)
     minillm.save(model, tmp_path / "int8")
     again = minillm.load_model(tmp_path / "int8")
-    assert set(layers(again)) == set(layers(model)) and type(again.blocks[0].mlp.down_proj) is nn.Linear
+    assert set(layers(again)) == set(layers(model)) and isinstance(again.blocks[0].mlp.down_proj, nn.Linear)
 
 
 def test_part_of_a_fused_weight_cannot_be_saved(tmp_path: Path) -> None:
