@@ -11,6 +11,7 @@ import torch
 
 from minillm.doctor import checks, machine
 from minillm.doctor.checks import Linear, Outcome
+from minillm.doctor.kernels import kernel_checks
 from minillm.doctor.machine import Machine
 
 
@@ -36,11 +37,11 @@ class Examination:
 
 
 def examine(report: Callable[[str], None] | None = None) -> Examination:
-    """Look and measure: about 6 s. `report` hears the name of each measurement before it begins."""
+    """Look and measure: about 8 s. `report` hears the name of each measurement before it begins."""
     say = report or (lambda name: None)
     outcomes, linears = [], []
     with torch.inference_mode():
-        for check in checks.CHECKS:
+        for check in (*checks.CHECKS, *kernel_checks()):
             say(f"{check.name}, {check.format}")
             outcomes.append(checks.run_check(check))
         for sizes in checks.LINEARS:

@@ -10,10 +10,12 @@ import os
 import platform
 import warnings
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from minillm.ops import native
 
 #: Distribution -> the extra that brings it and says what it is for; empty for what minillm cannot do without.
 PACKAGES = {
@@ -30,15 +32,16 @@ PACKAGES = {
 }
 #: Instructions that kernels can use, as /proc/cpuinfo names them.
 FEATURES = "avx2 avx512f avx512_vnni avx512_bf16 amx_tile amx_int8 amx_bf16".split()
-#: Compiled modules of minillm.
-NATIVE = ("minillm._cpu", "minillm._cuda")
 
 _CPUINFO, _MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """None is unknown; memory in bytes; `cuda` lists (name, memory), `cuda_remark` says why it is empty."""
+    """None is unknown; memory in bytes; `cuda` lists (name, memory), `cuda_remark` says why it is empty.
+
+    native: compiled module -> which of its variants runs here, or why it is absent.
+    """
 
     processor: str
     cores: int
@@ -52,7 +55,7 @@ class Machine:
     cuda_build: str | None
     cuda: tuple[tuple[str, int], ...]
     cuda_remark: str
-    native: dict[str, bool]
+    native: dict[str, str]
 
 
 def look() -> Machine:
@@ -74,8 +77,15 @@ def look() -> Machine:
         cuda_build=torch.version.cuda,
         cuda=devices,
         cuda_remark=remark,
-        native={name: util.find_spec(name) is not None for name in NATIVE},
+        native={"minillm._cpu": _compiled(), "minillm._cuda": "absent: not written yet"},
     )
+
+
+def _compiled() -> str:
+    found = native.info()
+    if not found["cpu"]:
+        return f"absent: {found['why_not']}; torch's own operations are used"
+    return f"{found['isa']}, of {', '.join(name for name, runs in found['isas'].items() if runs)}"
 
 
 def versions() -> dict[str, str | None]:

@@ -27,8 +27,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if block.few_rows(x):
-            return block.rms_norm(x, self.weight, self.eps)
+        return block.rms_norm(x, self.weight, self.eps) if block.few_rows(x) else self.in_torch(x)
+
+    def in_torch(self, x: Tensor) -> Tensor:
+        """The definition."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * unit.to(x.dtype)

@@ -20,7 +20,11 @@ from rich.console import Console
 from torch import Tensor
 
 from minillm.doctor import Examination, checks, describe, examine, machine
+from minillm.doctor.kernels import kernel_checks
 from minillm.model import attention
+from minillm.ops import block, int8, native
+
+EVERY_CHECK = (*checks.CHECKS, *kernel_checks())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +59,7 @@ def row(text: str, *words: str) -> str:
 
 def test_every_fast_path_agrees(examination: Examination) -> None:
     assert examination.healthy, [check.fault for check in examination.checks]
-    assert len(examination.checks) == 6
+    assert len(examination.checks) == len(EVERY_CHECK)
     assert all(check.error and check.plain_error for check in examination.checks)
     assert "All 6 self-tests agree" in shown(examination)
 
@@ -70,7 +74,7 @@ def test_facts_are_those_of_the_machine(examination: Examination) -> None:
     assert bool(found.cuda) != bool(found.cuda_remark)
     times = [time for check in examination.checks for time in (check.seconds, check.plain_seconds)]
     times += [time for linear in examination.linears for time in (linear.bfloat16_seconds, linear.float32_seconds)]
-    assert len(times) == 16 and all(time is not None and time > 0 for time in times)
+    assert len(times) == 2 * len(EVERY_CHECK) + 4 and all(time is not None and time > 0 for time in times)
     assert examination.read_bytes_per_second > 0
 
 
@@ -78,7 +82,7 @@ def test_json_says_the_same(examination: Examination) -> None:
     said = json.loads(json.dumps(examination.as_json(), allow_nan=False))
     assert said["healthy"] is True
     assert said["machine"]["threads"] == torch.get_num_threads()
-    assert [check["name"] for check in said["checks"]] == [check.name for check in checks.CHECKS]
+    assert [check["name"] for check in said["checks"]] == [check.name for check in EVERY_CHECK]
 
 
 def test_each_measurement_is_named_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +97,7 @@ def test_each_measurement_is_named_before_it_begins(monkeypatch: pytest.MonkeyPa
     state = torch.random.get_rng_state()
     examine(heard.append)
     assert heard[0] == "attend 128 tokens, 32/4, float32" and heard[-1] == "reading memory"
-    assert len(heard) == 6 + 2 + 1 and list(dict.fromkeys(names_at_call)) == heard[:6]
+    assert len(heard) == len(EVERY_CHECK) + 2 + 1 and list(dict.fromkeys(names_at_call)) == heard[:6]
     assert torch.equal(state, torch.random.get_rng_state())
 
 
@@ -105,11 +109,26 @@ def test_one_percent_in_attend_is_seen_in_every_row(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(attention, "attend", lambda *inputs: right(*inputs) * 1.01)
     sick = examine()
     assert not sick.healthy and sick.as_json()["healthy"] is False
-    assert [check.fault is None for check in sick.checks] == [False] * 6
+    assert [check.fault is None for check in sick.checks] == [
+        not check.name.startswith("attend") for check in EVERY_CHECK
+    ]
     text = shown(sick)
-    assert "6 of 6 self-tests fail" in text
-    assert " NO " in row(text, "attend 1 token on 512, 71/1", "bf16") and " yes " not in text
+    assert f"6 of {len(EVERY_CHECK)} self-tests fail" in text
+    assert " NO " in row(text, "attend 1 token on 512, 71/1", "bf16")
     assert "error 1.0e-02 of the result" in row(text, "attend 128 tokens, 32/4, float32:")
+
+
+@pytest.mark.skipif(not native.available(), reason="no kernels")
+@pytest.mark.parametrize(
+    ("module", "kernel", "name"),
+    [(int8, "linear", "int8, 512"), (block, "linear", "linear, 1 x"), (block, "swiglu", "swiglu")],
+)
+def test_one_percent_in_a_kernel_is_seen(monkeypatch: pytest.MonkeyPatch, module: Any, kernel: str, name: str) -> None:
+    right = getattr(module, kernel)
+    monkeypatch.setattr(module, kernel, lambda *inputs: right(*inputs) * 1.01)
+    spoilt = next(check for check in kernel_checks() if check.name.startswith(name))
+    with torch.inference_mode():
+        assert checks.run_check(spoilt).fault is not None
 
 
 def of(ours: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32) -> checks.Outcome:
@@ -294,13 +313,20 @@ def test_no_usable_cuda_device_and_why(
     assert f"none: {remark}" in shown(replace(examination, machine=found))
 
 
-def test_native_modules(monkeypatch: pytest.MonkeyPatch, examination: Examination) -> None:
-    monkeypatch.setattr(machine.util, "find_spec", lambda name: object() if name == "minillm._cpu" else None)
+@pytest.mark.parametrize(
+    ("info", "said"),
+    [
+        ({"cpu": True, "isa": "avx2", "isas": {"ref": True, "avx2": True, "new": False}}, "avx2, of ref, avx2"),
+        ({"cpu": False, "why_not": "not built"}, "absent: not built; torch's own operations are used"),
+    ],
+)
+def test_native_modules(
+    monkeypatch: pytest.MonkeyPatch, examination: Examination, info: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(machine.native, "info", lambda: info)
     found = machine.look()
-    assert found.native == {"minillm._cpu": True, "minillm._cuda": False}
-    text = shown(replace(examination, machine=found))
-    assert row(text, "minillm._cpu").split()[1:] == ["present"]
-    assert "torch's own are used" in row(text, "minillm._cuda")
+    assert found.native["minillm._cpu"] == said
+    assert " ".join(row(shown(replace(examination, machine=found)), "minillm._cpu").split()[1:]) == said
 
 
 # -- how it looks ------------------------------------------------------------------------------------------------------
@@ -315,14 +341,14 @@ def test_eighty_columns_cut_nothing(examination: Examination) -> None:
     )
     text = shown(replace(examination, checks=tuple(slow), linears=linears))
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
-    for check in checks.CHECKS:
+    for check in EVERY_CHECK:
         short = {"float32": "fp32", "bfloat16": "bf16"}[check.format]
         assert row(text, check.name, short).rstrip().endswith("123 µs  1.0 x: the same")
     assert (
         row(text, "linear, 512 x 2048 x 2048").split()[-6:] == ["222", "ms", "32.1", "ms", "0.14", "x:", "slower"][1:]
     )
     words = {word.strip(",") for word in text.split()}
-    assert {*machine.FEATURES, *machine.PACKAGES, *machine.NATIVE} <= words
+    assert {*machine.FEATURES, *machine.PACKAGES, *examination.machine.native} <= words
 
 
 def test_colours_add_nothing(examination: Examination) -> None:
