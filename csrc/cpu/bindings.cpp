@@ -43,6 +43,7 @@ void linear(Address x, int dtype, int64_t M, int64_t K, float threshold, const s
 }  // namespace
 
 void bind_block(py::module_& m);      // bind_block.cpp
+void bind_nf4(py::module_& m);        // bind_nf4.cpp
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "minillm's CPU kernels; use them through minillm.ops";
@@ -79,4 +80,5 @@ PYBIND11_MODULE(_cpu, m) {
         },
         NoGil());
 
+    bind_nf4(m);
 }

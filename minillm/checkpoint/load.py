@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from minillm.checkpoint import meta
 from minillm.checkpoint.families import family_of, read_config, read_json
-from minillm.checkpoint.quantised import QuantisedTensors, stored_quantisation, take_rows
+from minillm.checkpoint.quantised import QuantisedTensors, stored_quantisation
 from minillm.checkpoint.resolve import resolve
 from minillm.checkpoint.shards import open_checkpoint
 from minillm.checkpoint.tensors import Tensors
@@ -63,8 +63,8 @@ def load_model(  # noqa: PLR0913  # the options that a user has, all but one by 
     """A Hugging Face id or folder, or a folder in Meta's format -> the model, in eval mode.
 
     dtype: of all parameters; None is the checkpoint's own, the one that config.json names.
-    quantize: "int8" rounds the linears but the head while they are read, tensor by tensor; a checkpoint that is
-    quantised already says so itself.
+    quantize: "int8", "nf4" or a Quantisation rounds the linears but the head while they are read, tensor by tensor; a
+    checkpoint that is quantised already says so itself.
     allow_pickle: also read `.bin` and `.pth` files, with torch's restricted unpickler; safetensors need no trust.
     ignore: config fields known to leave the maths alone.
     report: called with (bytes read, bytes in all) after each tensor.
@@ -142,7 +142,7 @@ def fill(
     done, total = 0, sum(sizes.values())
     for key, rule in matched.items():
         if isinstance(files, QuantisedTensors) and key in files.quantised:
-            take_rows(model, rule, *files.read_rows(key), device)
+            files.give(model, key, rule, device)
         else:
             for name, tensor in zip(rule.ours, rule.split(files.read(key)), strict=True):
                 _place(model, name, tensor.to(device), dtype, f"{where}: tensor {key}")
@@ -159,14 +159,14 @@ def _quantise(model: Decoder, files: Tensors, weight_map: WeightMap, folder: Pat
         if how is not None:
             quantize_linears(model, how)
         return files
-    if how is not None and how != stored:
+    if how is not None and replace(how, skip=stored.skip) != stored:
         raise CheckpointError(f"{folder}: is quantised already ({stored.kind}); load it without quantize")
     found = QuantisedTensors(files, str(folder))
     matched = weight_map.match(found.keys(), dict(model.named_parameters()), where=str(folder))
     layers = [name for key, rule in matched.items() if key in found.quantised for name in rule.ours]
     for name in layers:
         if not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
-            raise CheckpointError(f"{folder}: {name} is int8 and no linear's weight; get the checkpoint again")
+            raise CheckpointError(f"{folder}: {name} is quantised and no linear's weight; get the checkpoint again")
     swap(model, (name.removesuffix(".weight") for name in layers), stored)
     return found
 

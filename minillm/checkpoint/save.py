@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from minillm.checkpoint.families import family_of
-from minillm.checkpoint.quantised import how_quantised, quantised_layers, written_parts, written_quantisation
+from minillm.checkpoint.quantised import how_quantised, written_parts, written_quantisation
 from minillm.checkpoint.shards import save_checkpoint
 from minillm.checkpoint.weight_map import Rule
 from minillm.errors import CheckpointError
@@ -51,15 +51,19 @@ def save(
     rules = {rule.theirs: rule for rule in family.weight_map(model.config).rules}
     _check_complete(set(float_shapes(model)), {name for rule in rules.values() for name in rule.ours})
     how = how_quantised(model)
-    layout = {name: x for rule in rules.values() for name, x in _written(model, rule, "meta").items()}
-    owner = {name: rule for rule in rules.values() for name in _written(model, rule, "meta")}
+    layout: dict[str, Tensor] = {}
+    owner: dict[str, Rule] = {}
+    for rule in rules.values():
+        parts = _written(model, rule, "meta")
+        layout |= {name: x.to("meta") for name, x in parts.items()}
+        owner |= dict.fromkeys(parts, rule)
 
     def produced(name: str) -> Tensor:
         return _written(model, owner[name], "cpu")[name].contiguous()
 
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     ids = {name: model.generation_defaults.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    quantised = {} if how is None else {"quantization_config": written_quantisation(how)}
+    quantised = {} if how is None else {"quantization_config": written_quantisation(how, dtype)}
     beside = {"config.json": _json(config | {"torch_dtype": dtype} | ids | quantised)}
     if model.generation_defaults:
         beside["generation_config.json"] = _json(dict(model.generation_defaults))
@@ -71,8 +75,8 @@ def save(
 
 
 def _written(model: Decoder, rule: Rule, device: str) -> dict[str, Tensor]:
-    """The tensors of one rule as the file has them: one, or an int8 weight with what belongs to it."""
-    parts = written_parts(rule, quantised_layers(model), device)
+    """The tensors of one rule as the file has them: one, or a quantised weight with what belongs to it."""
+    parts = written_parts(model, rule)
     if parts is not None:
         return parts
     return {rule.theirs: rule.join([model.get_parameter(name).detach().to(device) for name in rule.ours])}

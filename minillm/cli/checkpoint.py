@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import Positional, UseAppendAction
@@ -37,8 +38,8 @@ class Loading(Checkpoint):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto keeps the checkpoint's own."""
-    quantize: Literal["none", "int8"] = "none"
-    """Round linear layers while they are read: int8 halves their memory and the time a token takes."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Round linear layers while they are read: int8 halves bf16's memory and time a token, nf4 quarters them."""
     device: str = "cpu"
     """Where to run: cpu, cuda, cuda:1."""
     without: Annotated[tuple[str, ...], UseAppendAction] = ()
@@ -48,17 +49,23 @@ class Loading(Checkpoint):
         """Model and tokenizer, with a progress bar while weights are read."""
         folder = resolve(self.model, revision=self.revision, allow_pickle=self.allow_pickle)
         tokenizer = Tokenizer.load(folder)
-        columns = (TextColumn("reading weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=NOTES, transient=True) as progress:
-            task = progress.add_task("", total=None)
-            model = load_model(
-                folder,
-                dtype=None if self.dtype == "auto" else self.dtype,
-                device=self.device,
-                quantize=None if self.quantize == "none" else self.quantize,
-                allow_pickle=self.allow_pickle,
-                ignore=self.ignore,
-                report=lambda done, total: progress.update(task, completed=done, total=total),
-            )
+        model = load_with_progress(
+            folder,
+            dtype=None if self.dtype == "auto" else self.dtype,
+            device=self.device,
+            quantize=None if self.quantize == "none" else self.quantize,
+            allow_pickle=self.allow_pickle,
+            ignore=self.ignore,
+        )
         model.generation_defaults = {k: v for k, v in model.generation_defaults.items() if k not in self.without}
         return model, tokenizer
+
+
+def load_with_progress(folder: Path, **options: Any) -> Decoder:
+    """`load_model`, with a bar while weights are read."""
+    columns = (TextColumn("reading weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=NOTES, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        return load_model(
+            folder, report=lambda done, total: progress.update(task, completed=done, total=total), **options
+        )

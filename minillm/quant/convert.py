@@ -2,6 +2,7 @@
 
     int8   LLM.int8(): one byte a weight                        minillm.quant.int8_linear
     nf4    QLoRA's 4-bit NormalFloat                            minillm.quant.nf4_linear
+    fp4    4 bits of floating point, for checkpoints that have it
 
 The head stays float, as in the papers and in transformers: its outputs are what is compared, and its share is small.
 """
@@ -17,16 +18,22 @@ from torch import Tensor, nn
 from minillm.errors import InputError, nearest
 from minillm.ops import int8
 from minillm.quant.int8_linear import LinearInt8
+from minillm.quant.nf4_linear import LinearNF4
 
 HEAD = ("lm_head",)
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How linears are quantised. skip: leaf names, or ends of full names, of those that stay float."""
+    """How linears are quantised.
+
+    threshold: for int8, from where on a number of x makes its column an outlier; 0: never. double_quant: for 4 bits,
+    the blocks' scales in 8 bits too. skip: leaf names, or ends of full names, of those that stay float.
+    """
 
     kind: str
     threshold: float = int8.THRESHOLD
+    double_quant: bool = True
     skip: tuple[str, ...] = HEAD
 
     def __post_init__(self) -> None:
@@ -38,11 +45,13 @@ class Quantisation:
 
 KINDS: Mapping[str, Callable[[nn.Linear, Quantisation], nn.Module]] = {
     "int8": lambda linear, how: LinearInt8.from_float(linear, threshold=how.threshold),
+    "nf4": lambda linear, how: LinearNF4.from_float(linear, kind="nf4", double_quant=how.double_quant),
+    "fp4": lambda linear, how: LinearNF4.from_float(linear, kind="fp4", double_quant=how.double_quant),
 }
 
 
 #: The classes of quantised layers.
-QUANTISED = (LinearInt8,)
+QUANTISED = (LinearInt8, LinearNF4)
 
 
 def as_quantisation(how: Quantisation | str | None) -> Quantisation | None:

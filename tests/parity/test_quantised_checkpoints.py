@@ -1,4 +1,4 @@
-"""int8 checkpoints between minillm and transformers with bitsandbytes, in both directions."""
+"""int8 and 4-bit checkpoints between minillm and transformers with bitsandbytes, in both directions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import minillm
 from tests import tiny
@@ -50,6 +51,26 @@ def test_theirs_here_and_back(name: str, tmp_path: Path) -> None:
     assert set(found) == set(expected)
     assert all(torch.equal(found[key], x) for key, x in expected.items())
     assert torch.equal(logits(back), logits(saved))
+
+
+@pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("fp4", False)])
+def test_their_four_bits_here_and_back(kind: str, double: bool, tmp_path: Path) -> None:
+    # rows of whole blocks: elsewhere bitsandbytes takes the scales of other blocks (tests/parity/test_nf4_bitsandbytes.py)
+    shape = tiny.Variant("Llama", {**tiny.VARIANTS["llama_gqa_8_2"].fields, "intermediate_size": 128})
+    tiny.save(tiny.build(shape), tmp_path / "float")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double
+    )
+    saved = theirs(tmp_path / "float", quantization_config=config, dtype=torch.float32)
+    saved.save_pretrained(tmp_path / "theirs")
+    ours = minillm.load_model(tmp_path / "theirs")
+    assert distance(logits(ours), logits(saved.train())) < 1e-5  # in eval() their kernel multiplies in bf16
+    minillm.save(ours, tmp_path / "ours")
+    expected, found = (load_file(tmp_path / part / "model.safetensors") for part in ("theirs", "ours"))
+    assert set(found) == set(expected)
+    json_too = [key for key in expected if "quant_state" not in key]
+    assert all(torch.equal(found[key], expected[key]) for key in json_too)
+    assert torch.equal(logits(theirs(tmp_path / "ours").train()), logits(saved))
 
 
 def test_ours_made_of_float_loads_there(tmp_path: Path) -> None:

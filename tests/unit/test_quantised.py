@@ -15,7 +15,7 @@ import minillm
 from minillm.errors import CheckpointError, ConfigError, InputError
 from minillm.model import linear as linear_module
 from minillm.ops import int8
-from minillm.quant.convert import Quantisation, quantize_linears
+from minillm.quant.convert import QUANTISED, Quantisation, quantize_linears
 from minillm.quant.int8_linear import LinearInt8
 from tests.decoders import SHAPES, decoder
 from tests.error import distance
@@ -34,8 +34,11 @@ def saved(folder: Path, shape: str, **fields: object) -> Path:
 FILES = [shape for shape in SHAPES if shape != "grouped_alibi"]
 
 
-def layers(model: nn.Module) -> dict[str, LinearInt8]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LinearInt8)}
+KINDS = pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QUANTISED)}
 
 
 # -- the layer ---------------------------------------------------------------------------------------------------------
@@ -115,11 +118,16 @@ def test_a_threshold_that_is_none(bad: float) -> None:
 
 
 @EVERY
-def test_linears_but_the_head_are_swapped(shape: str) -> None:
+@KINDS
+def test_linears_but_the_head_are_swapped(shape: str, kind: str) -> None:
     model = decoder(**SHAPES[shape])
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
-    assert set(quantize_linears(model, "int8")) == linears == set(layers(model))
-    assert distance(model(TOKENS), decoder(**SHAPES[shape])(TOKENS)) < 0.2
+    assert set(quantize_linears(model, kind)) == linears == set(layers(model))
+    rounded = decoder(**SHAPES[shape])
+    for name, layer in layers(model).items():
+        rounded.get_submodule(name).weight.data = layer.dequantised(torch.float32)
+    # int8 rounds its inputs too, to 1/127 of the largest; 4 bits multiply by the rounded weights as they are
+    assert distance(model(TOKENS), rounded(TOKENS)) < (0.1 if kind == "int8" else 1e-5)
 
 
 @EVERY
@@ -170,10 +178,11 @@ def test_an_unknown_kind_is_named() -> None:
 
 
 @pytest.mark.parametrize("shape", FILES)
-def test_quantised_while_loading_is_quantised_after(shape: str, tmp_path: Path) -> None:
+@KINDS
+def test_quantised_while_loading_is_quantised_after(shape: str, kind: str, tmp_path: Path) -> None:
     saved(tmp_path, shape)
-    loaded, swapped = minillm.load_model(tmp_path, quantize="int8"), minillm.load_model(tmp_path)
-    quantize_linears(swapped, "int8")
+    loaded, swapped = minillm.load_model(tmp_path, quantize=kind), minillm.load_model(tmp_path)
+    quantize_linears(swapped, kind)
     expected = swapped.state_dict()
     assert {name: (x.dtype, x.shape) for name, x in loaded.state_dict().items()} == {
         name: (x.dtype, x.shape) for name, x in expected.items()
@@ -181,9 +190,43 @@ def test_quantised_while_loading_is_quantised_after(shape: str, tmp_path: Path) 
     assert all(torch.equal(x, expected[name]) for name, x in loaded.state_dict().items())
 
 
+@pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_four_bits_saved_and_loaded_back(kind: str, double: bool, tmp_path: Path) -> None:
+    how = Quantisation(kind, double_quant=double)
+    model = minillm.load_model(saved(tmp_path / "float", "llama"), quantize=how)
+    minillm.save(model, tmp_path / "four")
+    again = minillm.load_model(tmp_path / "four")
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("shape", ["falcon", "falcon_rw"])
+def test_four_bits_of_a_fused_weight(shape: str, tmp_path: Path) -> None:
+    """Saved fused with fp32 scales, which split by rows: the weights that were there, bit for bit."""
+    how, wide = Quantisation("nf4"), {"hidden_size": 64, "head_size": 16}
+    model = minillm.load_model(saved(tmp_path / "float", shape, **wide), quantize=how)
+    minillm.save(model, tmp_path / "four")
+    again = minillm.load_model(tmp_path / "four")
+    for name, layer in layers(model).items():
+        assert torch.equal(layer.dequantised(torch.float32), layers(again)[name].dequantised(torch.float32))
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS), model(TOKENS))
+    minillm.save(again, tmp_path / "twice")
+    twice, once = (load_file(tmp_path / part / "model.safetensors") for part in ("twice", "four"))
+    fused = [name for name in once if "query_key_value" in name]
+    assert len(fused) >= 8 and all(torch.equal(twice[name], once[name]) for name in fused)
+
+
+def test_blocks_that_cross_the_rows_of_a_fused_weight(tmp_path: Path) -> None:
+    model = minillm.load_model(saved(tmp_path / "float", "falcon"), quantize="nf4")
+    with pytest.raises(CheckpointError, match="blocks of 64 that cross rows"):
+        minillm.save(model, tmp_path / "four")
+
+
 @pytest.mark.parametrize("shape", FILES)
 @pytest.mark.parametrize("shards", [1, 3])
-def test_saved_and_loaded_back_is_bitwise_the_same(shape: str, shards: int, tmp_path: Path) -> None:
+def test_int8_saved_and_loaded_back_is_bitwise_the_same(shape: str, shards: int, tmp_path: Path) -> None:
     model = minillm.load_model(saved(tmp_path / "float", shape), quantize=Quantisation("int8", threshold=4.5))
     size = sum(x.nbytes for x in model.state_dict().values())
     minillm.save(model, tmp_path / "int8", max_shard_bytes=size // shards + 4000)
@@ -205,7 +248,7 @@ def test_some_layers_float(tmp_path: Path) -> None:
 
 def test_part_of_a_fused_weight_cannot_be_saved(tmp_path: Path) -> None:
     model = minillm.load_model(saved(tmp_path / "float", "falcon"), quantize=Quantisation("int8", skip=("k_proj",)))
-    with pytest.raises(CheckpointError, match=r"query_key_value.*only some of .*k_proj.* are int8"):
+    with pytest.raises(CheckpointError, match=r"query_key_value.*only some of .*k_proj.* are quantised"):
         minillm.save(model, tmp_path / "int8")
     assert not (tmp_path / "int8").exists()
 
@@ -234,9 +277,9 @@ KEY = "model.layers.0.mlp.up_proj"
         (lambda t: t.update({f"{KEY}.SCB": torch.ones(48).half()}), rf"tensor {KEY}.SCB is torch.float16"),
         (lambda t: t[f"{KEY}.SCB"].fill_(math.nan), rf"tensor {KEY}.SCB holds scales that are no sizes"),
         (lambda t: t[f"{KEY}.weight_format"].fill_(2), f"{KEY}.weight_format is 2, a layout of old GPUs"),
-        (lambda t: t.update({f"{KEY}.weight": torch.zeros(48, 32)}), f"{KEY}.SCB belongs to no int8 weight"),
-        (lambda t: t.update({"model.embed_tokens.SCB": torch.ones(131)}), "belongs to no int8 weight"),
-        (lambda t: t.pop(f"{KEY}.weight"), "belongs to no int8 weight"),
+        (lambda t: t.update({f"{KEY}.weight": torch.zeros(48, 32)}), f"{KEY}.SCB belongs to no quantised weight"),
+        (lambda t: t.update({"model.embed_tokens.SCB": torch.ones(131)}), "belongs to no quantised weight"),
+        (lambda t: t.pop(f"{KEY}.weight"), "belongs to no quantised weight"),
         (lambda t: t.update({f"{KEY}.weight": torch.zeros(47, 32, dtype=torch.int8)}), "has shape"),
     ],
 )
