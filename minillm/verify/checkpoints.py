@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from minillm.checkpoint import meta
+from minillm.checkpoint.families import read_json
 from minillm.checkpoint.load import load_model
 from minillm.checkpoint.resolve import resolve
 from minillm.config import DecoderConfig
@@ -120,6 +121,8 @@ def _with_transformers(
         raise InputError('transformers is not installed; pip install "minillm[verify]", or compare with --against')
     if meta.is_meta_folder(folder):
         raise InputError(f"{folder}: transformers does not read Meta's format; give its Hugging Face twin as --against")
+    if read_json(folder / "config.json").get("quantization_config"):
+        raise InputError(f"{folder}: is quantised; verify the float model, with this one as --against")
     tokens, keep = (x.to(settings.device) for x in text)
     ours, config, dtype = _record_ours(folder, settings, (tokens, keep), tell)
     if save_trace is not None:

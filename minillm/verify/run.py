@@ -15,6 +15,7 @@ from torch import Tensor
 from minillm.config import DecoderConfig
 from minillm.model import Decoder
 from minillm.model.rope import attention_factor, frequencies
+from minillm.quant.convert import QUANTISED
 from minillm.verify.compare import FAULTY, Case, Errors, Result, Side, compare
 from minillm.verify.diagnose import diagnose, locate
 from minillm.verify.gradients import compare_gradients, pull_back
@@ -72,8 +73,21 @@ def oracle_formula(oracle: Oracle, tokens: Tensor, keep: Tensor) -> Formula:
 
 
 def own_formula(model: Decoder, tokens: Tensor, keep: Tensor) -> Formula:
-    """The formulas with the weights, settings and frequencies of one of our own models, for `--against`."""
-    bare, config = Formula(model.config, model.get_parameter, tokens, keep), model.config
+    """The formulas with the weights, settings and frequencies of one of our own models, for `--against`.
+
+    A quantised layer's weight is what its codes stand for.
+    """
+
+    def parameter(name: str) -> Tensor:
+        layer, _, leaf = name.rpartition(".")
+        module = model.get_submodule(layer)
+        return (
+            module.dequantised(torch.float32)
+            if isinstance(module, QUANTISED) and leaf == "weight"
+            else model.get_parameter(name)
+        )
+
+    bare, config = Formula(model.config, parameter, tokens, keep), model.config
     if config.position != "rotary":
         return bare
     table = frequencies(config, int(bare.positions.max()) + 1).to(tokens.device)

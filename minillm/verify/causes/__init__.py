@@ -6,7 +6,7 @@ formula as one more candidate in the file of its operation.
 
 from __future__ import annotations
 
-from minillm.verify.causes import attention, backward, generic, orders, positions, stream, weights
+from minillm.verify.causes import attention, backward, generic, orders, positions, quantised, stream, weights
 from minillm.verify.scene import Generator
 
 _LINEAR, _BACKWARD = ("linear",), ("gradient",)
@@ -25,6 +25,7 @@ GENERATORS: tuple[tuple[tuple[str, ...], Generator], ...] = (
     (_LINEAR, orders.meta_order),
     (_LINEAR, orders.fused_layout),
     (_LINEAR, weights.bias),
+    (_LINEAR, quantised.linear),
     (("linear", "norm"), weights.scaled_weight),
     (("linear", "norm"), weights.other_weight),
     (_LINEAR, orders.transposed),
