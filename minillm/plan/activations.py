@@ -1,0 +1,178 @@
+"""Bytes of what a pass through the model makes: what autograd keeps, and what is there for a moment.
+
+Kept for the backward pass, by one block, in numbers a token (D, H, G, E, F as in `minillm.model`); each line is what
+one operation of the model's code saves, and a tensor that two of them save counts once:
+
+    RMSNorm       D x · D normalised · D out, the linears' input            + 1 of 4 bytes
+                  in bf16, x is kept as fp32: the copy that the statistics were taken of
+    LayerNorm     D x · D out                                               + 2
+    attention     H E q · G E k · G E v, after rotation · H E out           + H of 4 bytes (log-sum-exp)
+                  a fused kernel: no (T, T) scores; but ALiBi's mask, H T T once for all blocks
+    gated mlp     F gate · F act(gate) · F up · F product                   relu: no gate
+    plain mlp     F up · F act(up)                                          relu: no up
+
+A sequential block has two norms, a parallel one or two that share x. So Llama in fp32: 6 D + 2 H E + 2 G E + 4 F, and
+Falcon-7B: 2 D + 2 H E + 2 G E + 2 F.
+
+Where only adapters are trained, a frozen linear keeps no input. An adapter keeps its input in fp32 (the linear's own
+where that is fp32 already) and R numbers between A and B; what comes before the first one of all keeps nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from minillm.config import DecoderConfig
+from minillm.plan.use import Use
+
+
+@dataclass
+class _Tape:
+    """Tensors that autograd keeps, by name: bytes a token. `live` says that a gradient flows into an operation."""
+
+    config: DecoderConfig
+    use: Use
+    targets: tuple[str, ...]
+    kept: dict[str, int] = field(default_factory=dict)
+
+    def keep(self, name: str, numbers: int, *, bytes_each: int | None = None) -> None:
+        self.kept[name] = numbers * (self.use.number if bytes_each is None else bytes_each)
+
+    def linear(self, name: str, source: str, width: int, live: bool) -> bool:
+        if self.use.full:
+            self.keep(source, width)
+        elif name in self.targets:
+            self.keep(source if self.use.number == 4 else f"{name}.input", width, bytes_each=4)
+            self.keep(f"{name}.down", self.use.lora_rank or 0, bytes_each=4)
+        return live or self.use.full or name in self.targets
+
+    def norm(self, name: str, source: str, live: bool) -> bool:
+        width = self.config.hidden_size
+        if live and self.config.norm == "layer":
+            self.keep(source, width)
+            self.keep(f"{name}.statistics", 2)
+        elif live:
+            self.keep(source if self.use.number == 4 else f"{name}.wide", width, bytes_each=4)
+            self.keep(f"{name}.statistics", 1, bytes_each=4)
+            if self.use.full:
+                self.keep(f"{name}.unit", width)
+        return live
+
+    def attention(self, source: str, live: bool) -> bool:
+        config = self.config
+        all_heads, all_groups = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        flows = [self.linear(name, source, config.hidden_size, live) for name in ("q_proj", "k_proj", "v_proj")]
+        if any(flows):
+            self.keep("q", all_heads)
+            self.keep("k", all_groups)
+            self.keep("v", all_groups)
+            self.keep("attended", all_heads)
+            self.keep("log-sum-exp", config.num_heads, bytes_each=4)
+        return self.linear("o_proj", "attended", all_heads, any(flows))
+
+    def mlp(self, source: str, live: bool) -> bool:
+        config = self.config
+        width, inner = config.hidden_size, config.ffn_size
+        first = "gate" if config.mlp == "gated" else "up"
+        live_first = self.linear(f"{first}_proj", source, width, live)
+        if live_first:  # relu's gradient needs its result, those of the others their input
+            self.keep("activated" if config.activation == "relu" else first, inner)
+        if config.mlp == "plain":
+            return self.linear("down_proj", "activated", inner, live_first)
+        live_up = self.linear("up_proj", source, width, live)
+        if live_up:
+            self.keep("activated", inner)
+        if live_first:
+            self.keep("up", inner)
+        return self.linear("down_proj", "product", inner, live_first or live_up)
+
+    def block(self, live: bool) -> bool:
+        live_in = self.norm("attention_norm", "x", live)
+        if self.config.block == "sequential":
+            live = self.attention("attention_norm.out", live_in) or live
+            return self.mlp("mlp_norm.out", self.norm("mlp_norm", "x2", live)) or live
+        attended = self.attention("attention_norm.out", live_in)
+        if self.config.parallel_norms == 1:
+            return self.mlp("attention_norm.out", live_in) or attended or live
+        return self.mlp("mlp_norm.out", self.norm("mlp_norm", "x", live)) or attended or live
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that autograd keeps, and what its backward pass needs beside them.
+
+    first, block: of the first block and of each other one. entry: the input of a block, all that checkpointing keeps of
+    it. again: what computing a block again adds to that. positions: rotation or mask. end: last norm, head, token ids.
+    working: see `_working_numbers`.
+    """
+
+    first: int
+    block: int
+    entry: int
+    again: int
+    positions: int
+    end: int
+    working: int
+
+
+def kept_by_autograd(config: DecoderConfig, use: Use, targets: tuple[str, ...]) -> Kept:
+    """The module's table for B · T tokens."""
+    tokens = use.batch * use.tokens(config)
+    first, block, end = (_Tape(config, use, targets) for _ in range(3))
+    live = first.block(live=use.full)
+    block.block(live)
+    end.norm("norm", "x", live)
+    end.linear("lm_head", "hidden", config.hidden_size, live)
+    ids = 8 * (2 if use.full else 1)  # targets, and where the embedding is trained its tokens: int64
+    return Kept(
+        first=tokens * sum(first.kept.values()),
+        block=tokens * sum(block.kept.values()),
+        entry=tokens * use.number * config.hidden_size,
+        again=tokens * sum(size for name, size in block.kept.items() if name != "x"),
+        positions=position_bytes(config, use),
+        end=tokens * (sum(end.kept.values()) + ids),
+        working=tokens * (use.number * _working_numbers(config) - block.kept.get(_let_go(config), 0)),
+    )
+
+
+def _working_numbers(config: DecoderConfig) -> int:
+    """Numbers a token that an mlp's backward pass adds to what is kept, at its widest: D + 3 F gated, D + 2 F plain.
+
+    D gradient of the residual stream · gated: F of the product, F of act(gate), F of up · plain: F of act(up), F of up.
+    The input of down_proj has been let go by then.
+    """
+    return config.hidden_size + (3 if config.mlp == "gated" else 2) * config.ffn_size
+
+
+def _let_go(config: DecoderConfig) -> str:
+    if config.mlp == "gated":
+        return "product"
+    return "" if config.activation == "relu" else "activated"  # relu's gradient still needs its result
+
+
+def position_bytes(config: DecoderConfig, use: Use) -> int:
+    """cos and sin (1, 1, T, d), or ALiBi's mask (1, H, T, T); one for all blocks and rows."""
+    length = use.tokens(config)
+    if config.position == "rotary":
+        return 2 * length * config.rotary_dim * use.number
+    return config.num_heads * length * length * use.number
+
+
+def forward_bytes(config: DecoderConfig, use: Use) -> int:
+    """The most that is there at once while a prompt of B · T tokens is read, without autograd, in numbers a token:
+
+    norm        D x + D unit + D out                                          RMSNorm; in bf16, 2 D of 4 bytes more
+    attention   D x + D norm + H E q + G E k + G E v + the larger of 3 H E (turning q) and H E + 3 G E (turning k)
+    mlp         D x + D x after attention + D norm + 4 F                      gated; 2 F plain
+                parallel: D attended in place of x after attention, and D more with two norms
+    """
+    number, width = use.number, config.hidden_size
+    heads, groups = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    turning = max(3 * heads, heads + 3 * groups) if config.position == "rotary" else heads
+    attention = 2 * width + heads + 2 * groups + turning
+    extra = config.block == "parallel" and config.parallel_norms == 2
+    mlp = (4 if extra else 3) * width + max((4 if config.mlp == "gated" else 2) * config.ffn_size, width)
+    norm = number * 3 * width + (2 * 4 * width if config.norm == "rms" and number < 4 else 0)
+    if config.block == "sequential":
+        norm += number * width  # x before and after attention
+    return use.batch * use.tokens(config) * max(number * max(attention, mlp), norm) + position_bytes(config, use)
