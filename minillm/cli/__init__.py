@@ -1,4 +1,4 @@
-"""The `minillm` command: generate, chat, info, verify, doctor.
+"""The `minillm` command: generate, chat, info, plan, quantize, verify, outliers, doctor.
 
 Each subcommand is a dataclass; its fields are the flags, the string under a field its help. An error that is the
 input's fault prints one line and exits with status 2; `--debug` shows where it was raised.
@@ -17,6 +17,9 @@ import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, PositionalMetavarFromFieldName, subcommand
 
 from minillm.cli.examine import Doctor, Info, Verify
+from minillm.cli.outliers import Outliers
+from minillm.cli.plan import Plan
+from minillm.cli.quantise import Quantize
 from minillm.cli.terminal import say
 from minillm.cli.write import Chat, Generate
 from minillm.errors import MinillmError
@@ -27,14 +30,17 @@ Command = Union[  # noqa: UP007  # `|` cannot join Annotated on Python 3.10
     Annotated[Generate, subcommand("generate")],
     Annotated[Chat, subcommand("chat")],
     Annotated[Info, subcommand("info")],
+    Annotated[Plan, subcommand("plan")],
+    Annotated[Quantize, subcommand("quantize")],
     Annotated[Verify, subcommand("verify")],
+    Annotated[Outliers, subcommand("outliers")],
     Annotated[Doctor, subcommand("doctor")],
 ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 1 for a fault that verify or doctor found, 2 for bad input, 130 after
-    Ctrl-C, 141 for a closed pipe."""
+    """Entry point; returns the exit status: 0, 1 for a fault that verify or doctor found or a plan that does not fit, 2
+    for bad input, 130 after Ctrl-C, 141 for a closed pipe."""
     style = (FlagCreatePairsOff, PositionalMetavarFromFieldName, DisallowNone)
     command: Any = tyro.cli(Command, prog="minillm", description=_DESCRIPTION, args=arguments, config=style)
     if isinstance(sys.stdout, io.TextIOWrapper):
