@@ -75,7 +75,7 @@ class Verify(Checkpoint):
     """Keep our run for a later --against."""
 
     def run(self) -> int:
-        _check_folders(self.json, self.png, self.save_trace)
+        check_folders(self.json, self.png, self.save_trace)
         settings = Settings(
             dtype=None if self.dtype == "auto" else self.dtype,
             tokens=self.tokens,
@@ -87,7 +87,7 @@ class Verify(Checkpoint):
             ignore=self.ignore,
         )
         folder = resolve(self.model, revision=self.revision, allow_pickle=self.allow_pickle)
-        with _progress() as tell:
+        with progress() as tell:
             report = verify(folder, settings, against=self.against, save_trace=self.save_trace, tell=tell)
         Console(highlight=False).print(verification_table(report, full=self.full))
         if self.json is not None:
@@ -107,8 +107,8 @@ class Doctor:
     """Show the traceback of an error."""
 
     def run(self) -> int:
-        _check_folders(self.json)
-        with _progress() as tell:
+        check_folders(self.json)
+        with progress() as tell:
             found = examine(tell)
         Console(highlight=False).print(diagnosis_table(found))
         if self.json is not None:
@@ -116,7 +116,7 @@ class Doctor:
         return 0 if found.healthy else 1
 
 
-def _check_folders(*files: Path | None) -> None:
+def check_folders(*files: Path | None) -> None:
     """InputError for a file to write whose folder is missing, before the work is done."""
     for file in files:
         if file is not None and not file.parent.is_dir():
@@ -124,18 +124,18 @@ def _check_folders(*files: Path | None) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Tell]:
+def progress() -> Iterator[Tell]:
     """A bar that shows what is going on, how much of it is done, and the time left where that is known."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=NOTES, transient=True) as progress:
-        task = progress.add_task("", total=None)
+    with Progress(*columns, console=NOTES, transient=True) as bars:
+        task = bars.add_task("", total=None)
         before = ""
 
         def tell(what: str, done: int = 0, total: int | None = None) -> None:
             nonlocal before
             if what != before:
-                progress.reset(task, total=total, description=what)
+                bars.reset(task, total=total, description=what)
                 before = what
-            progress.update(task, completed=done, total=total)
+            bars.update(task, completed=done, total=total)
 
         yield tell

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minillm.atomic import write_atomically
 from minillm.cli.checkpoint import Loading
-from minillm.cli.examine import _check_folders, _progress
+from minillm.cli.examine import check_folders, progress
 from minillm.data.tokenizer import Tokenizer
 from minillm.errors import InputError
 from minillm.model import Decoder
@@ -55,14 +55,14 @@ class Outliers(Loading):
     """Draw shares by layer and projection, and sizes."""
 
     def run(self) -> None:
-        _check_folders(self.json, self.png)
+        check_folders(self.json, self.png)
         if self.tokens < 1:
             raise InputError(f"tokens is {self.tokens}; give 1 or more")
         model, tokenizer = self.load()
         rows = self._rows(model, tokenizer)
         if self.plant is not None:
             plant(model, self.plant, channels=self.channels, seed=self.seed)
-        with _progress() as tell:
+        with progress() as tell:
             found = find(
                 model,
                 rows,
