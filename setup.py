@@ -20,6 +20,7 @@ cpu = Pybind11Extension(
     "minillm._cpu",
     CPU_SOURCES,
     cxx_std=17,
+    depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.h")],
     # -Wno: the headers of the intrinsics read a variable before it is set, on purpose
     extra_compile_args=[
         "-O3",

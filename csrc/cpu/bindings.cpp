@@ -42,6 +42,7 @@ void linear(Address x, int dtype, int64_t M, int64_t K, float threshold, const s
 
 }  // namespace
 
+void bind_attention(py::module_& m);  // bind_attention.cpp
 void bind_block(py::module_& m);      // bind_block.cpp
 void bind_nf4(py::module_& m);        // bind_nf4.cpp
 
@@ -80,5 +81,6 @@ PYBIND11_MODULE(_cpu, m) {
         },
         NoGil());
 
+    bind_attention(m);
     bind_nf4(m);
 }

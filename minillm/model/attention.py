@@ -4,9 +4,11 @@
     weights        = softmax over the keys j that query i may see
     out_(h,i)      = sum_j weights_(h,i,j) v_(g,j)
 
-`attention_ref` is that formula. `attend` is what runs: torch's fused kernel, and for a single query token the H/G heads
-of a group stand in the place of query tokens, so that each cached key and value is read once and nothing is expanded
-(measured, one token of 71 heads over 1 cached head of 544 tokens, bf16: 2.1 ms expanded, 0.15 ms folded).
+`attention_ref` is that formula. `attend` is what runs without a cache: torch's fused kernel, whose bits are those of
+transformers. For a single query token the H/G heads of a group stand in the place of query tokens, so that each cached
+key and value is read once and nothing is expanded (measured, one token of 71 heads over 1 cached head of 544 tokens,
+bf16: 2.1 ms expanded, 0.15 ms folded). With a cache, where text is written, `attend_cached` takes our own kernel if it
+serves: the same formula, 8 times faster over a prompt of 512 tokens, other roundings.
 
 Masks say what True means: `visible` (.., T, S), True where the query may look. A float mask is added to the scaled
 scores (ALiBi). None means plain causal: all T tokens are new, or a single one that sees everything before it.
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from minillm.config import DecoderConfig
 from minillm.model.linear import make_linear, project
 from minillm.model.rope import rotate
+from minillm.ops import attention as kernel
 
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -69,6 +72,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups != heads)
 
 
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` by the native kernel: plain causal, or one query token with any mask that the decoder makes."""
+    if not kernel.serves(q, k, v) or (mask is not None and q.shape[2] > 1):
+        return attend(q, k, v, mask)
+    if mask is None:
+        return kernel.attend(q, k, v)
+    if mask.dtype == torch.bool:
+        return kernel.attend(q, k, v, keep=mask[:, 0, 0].expand(q.shape[0], -1).contiguous())
+    return kernel.attend(q, k, v, bias=mask.contiguous())
+
+
 class Attention(nn.Module):
     """x (B, T, D) -> (B, T, D): project to q, k, v, turn q and k, remember k and v, attend, project back."""
 
@@ -95,7 +109,9 @@ class Attention(nn.Module):
         v = v.view(batch, queries, self.num_kv_heads, self.head_size).transpose(1, 2)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if remember is not None:
+        if remember is None:
+            y = attend(q, k, v, mask)
+        else:
             k, v = remember(k, v)  # (B, G, S, E)
-        y = attend(q, k, v, mask)
+            y = attend_cached(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(batch, queries, self.num_heads * self.head_size))

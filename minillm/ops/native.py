@@ -8,6 +8,9 @@ dtype, shape, device, contiguity. Nobody else imports the module. Without it (no
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -77,6 +80,24 @@ def _best() -> int:
     module = cpu()
     assert module is not None
     return int(module.best_isa())
+
+
+_aside = ContextVar("minillm kernels step aside", default=False)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """While it lasts, attention runs through torch's functions, which can be watched from outside."""
+    token = _aside.set(True)
+    try:
+        yield
+    finally:
+        _aside.reset(token)
+
+
+def is_aside() -> bool:
+    """Within `aside`."""
+    return _aside.get()
 
 
 def address(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:

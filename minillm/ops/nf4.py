@@ -327,9 +327,7 @@ def _weight(state: Sequence[Tensor], layout: Sequence[int], bias: Tensor | None 
 
 
 @torch.library.custom_op("minillm::nf4_linear", mutates_args=())
-def _linear(
-    x: Tensor, bias: Tensor | None, state: Sequence[Tensor], layout: Sequence[int], isa: str | None = None
-) -> Tensor:
+def _linear(x: Tensor, bias: Tensor | None, state: Sequence[Tensor], layout: Sequence[int], isa: str | None) -> Tensor:
     return _forward(x, _weight(state, layout, bias), isa)
 
 
@@ -361,10 +359,11 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.layout = layout
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-    for_x = input_gradient(gradient, list(ctx.saved_tensors), ctx.layout) if ctx.needs_input_grad[0] else None
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, list[None], None, None]:
+    state = list(ctx.saved_tensors)
+    for_x = input_gradient(gradient, state, ctx.layout) if ctx.needs_input_grad[0] else None
     for_bias = gradient.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
-    return for_x, for_bias, None, None, None
+    return for_x, for_bias, [None] * len(state), None, None
 
 
 _linear.register_autograd(_backward, setup_context=_remember)

@@ -5,7 +5,8 @@
     recorded["blocks.0.attention.scores"]            # (B, H, T, S); names: minillm.verify.operations
 
 Modules are watched by forward hooks, attention's inside by `AttentionCalls`. Tensors are copies, detached, on the
-model's device. What is computed does not change: the same calls in the same order on the same tensors.
+model's device. What is computed does not change: the same calls in the same order on the same tensors; but with a cache
+attention runs through torch's kernel instead of ours, which nobody could watch.
 
 A trace of all of a 7B over 64 tokens takes about 100 MB; `only` keeps some of it, `statistics` keeps six numbers of
 each tensor instead of its values and so needs no memory at any length. One forward without a cache is what can be
@@ -28,6 +29,7 @@ from minillm.atomic import write_atomically
 from minillm.config import DecoderConfig
 from minillm.errors import InputError
 from minillm.model import Decoder
+from minillm.ops import native
 from minillm.verify.attention_calls import AttentionCalls
 
 
@@ -201,7 +203,7 @@ def watching(model: Decoder, recorded: Trace, take: Take) -> Iterator[None]:
     for layer, block in enumerate(model.blocks):
         hooks += _watch_block(block, f"blocks.{layer}", calls, take, model.config)
     try:
-        with calls:
+        with calls, native.aside():
             yield
     finally:
         for hook in hooks:

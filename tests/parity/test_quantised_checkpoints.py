@@ -55,7 +55,7 @@ def test_theirs_here_and_back(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("fp4", False)])
 def test_their_four_bits_here_and_back(kind: str, double: bool, tmp_path: Path) -> None:
-    # rows of whole blocks: elsewhere bitsandbytes takes the scales of other blocks (tests/parity/test_nf4_bitsandbytes.py)
+    # rows of whole blocks: elsewhere bitsandbytes takes the scales of others (tests/parity/test_nf4_bitsandbytes.py)
     shape = tiny.Variant("Llama", {**tiny.VARIANTS["llama_gqa_8_2"].fields, "intermediate_size": 128})
     tiny.save(tiny.build(shape), tmp_path / "float")
     config = transformers.BitsAndBytesConfig(
