@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,7 +44,9 @@ class GatedMLP(nn.Module):
         """act(gate) * up, both (B, T, F)."""
         if self.activation is F.silu and block.few_rows(gate):
             return block.swiglu(gate, up)
-        return self.activation(gate) * up
+        activated = self.activation(gate)
+        # without gradients the product takes the place of what only it reads: fresh pages cost as much as the product
+        return activated * up if torch.is_grad_enabled() else activated.mul_(up)
 
 
 class PlainMLP(nn.Module):
