@@ -48,11 +48,19 @@ MINILLM_AVX512 void dequantise(const int8_t* w, float scale, int64_t K, void* ou
     }
 }
 
+// The sum of sixteen lanes, which may wrap: _mm512_reduce_add_epi32 ends in an addition of ints, which must not.
+MINILLM_AVX512 inline int32_t sum_of_lanes(__m512i x) {
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    const __m128i quarter = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const __m128i pair = _mm_add_epi32(quarter, _mm_shuffle_epi32(quarter, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xb1)));
+}
+
 MINILLM_AVX512 int32_t sum_of(const int8_t* q, int64_t stride) {
     const __m512i ones = _mm512_set1_epi8(1);
     __m512i sum = _mm512_setzero_si512();
     for (int64_t k = 0; k < stride; k += 64) sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(q + k));
-    return _mm512_reduce_add_epi32(sum);
+    return sum_of_lanes(sum);
 }
 
 // R rows of w against M rows of q. The last bytes of a row are masked; q is zero there.
@@ -89,7 +97,7 @@ MINILLM_AVX512 void dot_block(const int8_t* q, int64_t stride, const int8_t* w, 
     MINILLM_UNROLL
     for (int m = 0; m < M; ++m) MINILLM_UNROLL
     for (int r = 0; r < R; ++r)
-        sums[m * max_panel + r] = static_cast<int32_t>(static_cast<uint32_t>(_mm512_reduce_add_epi32(total[m][r])) -
+        sums[m * max_panel + r] = static_cast<int32_t>(static_cast<uint32_t>(sum_of_lanes(total[m][r])) -
                                                        128u * static_cast<uint32_t>(sums_of_q[m]));
 }
 
@@ -112,8 +120,8 @@ MINILLM_AVX512 void dot_one(const int8_t* q, const int8_t* w, int64_t n, int64_t
         }
         const __m512i all =
             _mm512_add_epi32(_mm512_add_epi32(total[0], total[1]), _mm512_add_epi32(total[2], total[3]));
-        sums[j] = static_cast<int32_t>(static_cast<uint32_t>(_mm512_reduce_add_epi32(all)) -
-                                       128u * static_cast<uint32_t>(sum_of_q));
+        sums[j] =
+            static_cast<int32_t>(static_cast<uint32_t>(sum_of_lanes(all)) - 128u * static_cast<uint32_t>(sum_of_q));
     }
 }
 
