@@ -41,18 +41,19 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def hard_weights(kind: str, outputs: int, width: int) -> Tensor:
-    """Normal numbers, with a first block of ties: codes, middles between them and their neighbours, times absmax 1."""
-    w = numbers(outputs, width)
+def near_ties(kind: str, absmax: float) -> Tensor:
+    """64 numbers: absmax, and the middles between codes times absmax with both neighbours."""
     codes = nf4.CODES[kind].sort().values
-    middles = (codes[1:] + codes[:-1]) / 2
-    one = torch.ones(15)
-    ties = torch.cat([torch.tensor([1.0, -0.0]), middles, middles.nextafter(one), middles.nextafter(-one)])
-    flat = w.view(-1)
-    count = min(len(ties), len(flat))
-    flat[:64] = 0
-    flat[:count] = ties[:count]
-    return w
+    middles = (codes[1:] + codes[:-1]) / 2 * absmax
+    up, down = middles.nextafter(torch.tensor(9.0)), middles.nextafter(torch.tensor(-9.0))
+    return torch.cat([torch.tensor([absmax, -0.0]), middles, up, down, torch.zeros(17)])
+
+
+def hard_weights(kind: str, outputs: int, width: int) -> Tensor:
+    """Normal numbers after a first block of ties."""
+    w = numbers(outputs * width)
+    w[:64] = near_ties(kind, 1.0)[: len(w)]
+    return w.view(outputs, width)
 
 
 @compiled
@@ -64,6 +65,21 @@ def test_codes_absmax_and_bytes_are_the_definition_exactly(isa: str, kind: str, 
         for w in (hard_weights(kind, outputs, width).to(dtype), torch.zeros(outputs, width, dtype=dtype)):
             found, expected = nf4.quantise(w, kind, block, isa=isa), nf4.quantise_ref(w, kind, block)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (outputs, width, block)
+
+
+@compiled
+@isas
+@kinds
+def test_short_blocks_are_divided_and_whole_ones_multiplied(isa: str, kind: str) -> None:
+    """As bitsandbytes has it; where a number is next to a tie, the two give different codes."""
+    differ = 0
+    for absmax in torch.linspace(0.3, 3, 50).tolist():
+        w = near_ties(kind, absmax)
+        whole, short = nf4.quantise(w, kind, 64, isa=isa), nf4.quantise(w, kind, 4096, isa=isa)
+        assert torch.equal(whole[0], nf4.quantise_ref(w, kind, 64)[0])
+        assert torch.equal(short[0], nf4.quantise_ref(w, kind, 4096)[0])
+        differ += not torch.equal(whole[0], short[0])
+    assert differ
 
 
 def test_ties_go_down_and_a_hair_more_goes_up() -> None:

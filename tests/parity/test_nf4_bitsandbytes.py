@@ -61,6 +61,20 @@ def test_bytes_absmax_and_nested_state(kind: str, dtype: torch.dtype) -> None:
 
 
 @kinds
+def test_numbers_next_to_ties(kind: str) -> None:
+    """Whole blocks are multiplied by 1 / absmax, short ones divided by absmax: visible here only."""
+    codes = nf4.CODES[kind].sort().values
+    for absmax in torch.linspace(0.3, 3, 50):
+        middles = (codes[1:] + codes[:-1]) / 2 * absmax
+        near = [middles, middles.nextafter(torch.tensor(9.0)), middles.nextafter(torch.tensor(-9.0))]
+        w = torch.cat([absmax[None], *near, torch.zeros(18)])
+        for block in (64, 4096):
+            expected, _ = theirs.quantize_4bit(w, blocksize=block, quant_type=kind)
+            assert torch.equal(nf4.quantise(w, kind, block)[0], expected)
+            assert torch.equal(nf4.quantise_ref(w, kind, block)[0], expected)
+
+
+@kinds
 def test_codes_and_map(kind: str) -> None:
     assert torch.equal(nf4.CODES[kind], theirs.get_4bit_type(kind, "cpu"))
     assert torch.equal(nf4.dynamic_map(), theirs.create_dynamic_map())
