@@ -19,9 +19,9 @@ from minillm.ops import block
 
 
 def times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. One to eight rows, as in decoding, stream the weights through a kernel of our own: torch's leaves half
-    of the memory's speed unused there."""
-    if block.few_rows(x) and weight.dtype == x.dtype:
+    """x W^T + b. A few rows, as in decoding, stream the weights through a kernel of our own: torch's leaves half of the
+    memory's speed unused there."""
+    if block.streams(x) and weight.dtype == x.dtype:
         return block.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
