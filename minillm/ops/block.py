@@ -53,6 +53,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, isa: str | None = None) -> Te
     """
     batch, heads, queries, size = x.shape
     tables, _, _, turning = cos.shape
+    cos, sin = cos.contiguous(), sin.contiguous()
     if x.stride(3) != 1 or (batch > 1 and x.stride(0) != queries * x.stride(2)):
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
     y = torch.empty(batch, queries, heads, size, dtype=x.dtype)

@@ -47,6 +47,9 @@ def test_rotation_has_the_bits_of_torch(isa: str, dtype: torch.dtype, heads: int
             expected = rotate(x.requires_grad_(), cos[:tables], sin[:tables])  # with a gradient: torch's own
             assert torch.equal(block.rotate(x.detach(), cos[:tables], sin[:tables], isa=isa), expected)
             assert torch.equal(block.rotate(x.detach().contiguous(), cos[:tables], sin[:tables], isa=isa), expected)
+            wide = torch.cat((cos, sin), dim=-1)[:tables]  # slices of a larger table
+            views = wide[..., :turning], wide[..., turning:]
+            assert torch.equal(block.rotate(x.detach(), *views, isa=isa), expected)
             x = x.detach()
 
 
