@@ -2,29 +2,11 @@
 
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-
 #include "nf4.h"
-
-#define MINILLM_AVX2 __attribute__((target("avx2,fma,f16c")))
+#include "vectors_avx2.h"
 
 namespace minillm {
 namespace {
-
-MINILLM_AVX2 inline void store8(void* x, Dtype dtype, int64_t index, __m256 value) {
-    if (dtype == Dtype::f32) {
-        _mm256_storeu_ps(static_cast<float*>(x) + index, value);
-        return;
-    }
-    if (dtype == Dtype::f16) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(x) + index),
-                         _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-        return;
-    }
-    alignas(32) float numbers[8];
-    _mm256_store_ps(numbers, value);
-    for (int i = 0; i < 8; ++i) store(x, dtype, index + i, numbers[i]);
-}
 
 // vpermps looks up with three bits; the fourth, moved to the sign, chooses between the halves.
 MINILLM_AVX2 inline __m256 look_up(__m256 lower, __m256 upper, __m256i index) {

@@ -6,9 +6,6 @@
 #include "nf4.h"
 #include "vectors_avx512.h"
 
-// Loops of constant length over registers: unrolled before arrays are placed, or gcc keeps the sums in memory as well.
-#define MINILLM_UNROLL _Pragma("GCC unroll 8")
-
 namespace minillm {
 namespace {  // code for one instruction set must never be merged with that of another
 
