@@ -46,6 +46,7 @@ LEVELS = {
     "minillm.errors": 0,
     "minillm.atomic": 0,
     "minillm.placement": 0,
+    "minillm.memory": 0,
     "minillm.config": 0,
     "minillm.ops": 0,
     "minillm.losses": 0,
@@ -70,7 +71,7 @@ LEVELS = {
     "minillm.cli": 5,
     "minillm": 5,  # __init__, which gathers the public names
 }
-BASE = ("minillm.errors", "minillm.config", "minillm.atomic", "minillm.placement")
+BASE = ("minillm.errors", "minillm.config", "minillm.atomic", "minillm.placement", "minillm.memory")
 #: The model can be read, copied and tested without the rest of the project.
 ALONE = {"minillm.model": (*BASE, "minillm.ops", "minillm.model")}
 

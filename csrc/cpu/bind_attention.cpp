@@ -1,44 +1,38 @@
 // The attention kernel for Python, on raw addresses; minillm/ops/attention.py checks and calls.
 
-#include <pybind11/pybind11.h>
-
-#include <tuple>
-
 #include "attention.h"
+#include "bindings.h"
 
-namespace py = pybind11;
 using namespace minillm;
 
 namespace {
-
-using Address = uintptr_t;
 
 // address, strides of batch, head and token in numbers
 using Heads = std::tuple<Address, int64_t, int64_t, int64_t>;
 using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
-const void* at(const Heads& x) { return reinterpret_cast<const void*>(std::get<0>(x)); }
+const void* numbers(const Heads& x) { return at(std::get<0>(x)); }
 
 HeadStrides strides_of(const Heads& x) { return {std::get<1>(x), std::get<2>(x), std::get<3>(x)}; }
 
 void attend(const Heads& q, const Heads& k, const Heads& v, Address y, int dtype, const Sizes& sizes, Address keep,
             Address bias, int64_t bias_batch, int isa, int threads) {
     Attention a{};
-    a.q = at(q);
-    a.k = at(k);
-    a.v = at(v);
-    a.y = reinterpret_cast<void*>(y);
+    a.q = numbers(q);
+    a.k = numbers(k);
+    a.v = numbers(v);
+    a.y = at(y);
     a.dtype = static_cast<Dtype>(dtype);
     std::tie(a.B, a.H, a.G, a.T, a.S, a.E) = sizes;
     a.q_strides = strides_of(q);
     a.k_strides = strides_of(k);
     a.v_strides = strides_of(v);
-    a.keep = reinterpret_cast<const uint8_t*>(keep);
-    a.bias = reinterpret_cast<const void*>(bias);
+    a.keep = at<const uint8_t>(keep);
+    a.bias = at(bias);
     a.bias_batch = bias_batch;
     attention(a, static_cast<Isa>(isa), threads);
 }
 
 }  // namespace
 
-void bind_attention(py::module_& m) { m.def("attention", &attend, py::call_guard<py::gil_scoped_release>()); }
+void bind_attention(py::module_& m) { m.def("attention", &attend, NoGil()); }

@@ -1,23 +1,12 @@
 // block_ops.h and float_linear.h for Python.
 
-#include <pybind11/pybind11.h>
-
+#include "bindings.h"
 #include "block_ops.h"
 #include "float_linear.h"
 
-namespace py = pybind11;
 using namespace minillm;
 
-namespace {
-
-using Address = uintptr_t;
-
-void* at(Address address) { return reinterpret_cast<void*>(address); }
-
-}  // namespace
-
 void bind_block(py::module_& m) {
-    using NoGil = py::call_guard<py::gil_scoped_release>;
     m.def(
         "rms_norm",
         [](Address x, Address weight, Address y, int dtype, int64_t M, int64_t D, float eps, int isa, int threads) {

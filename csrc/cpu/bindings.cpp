@@ -1,28 +1,17 @@
 // minillm._cpu: the kernels, on raw addresses. Nothing is checked here: minillm/ops/native.py does, and is the only
 // caller.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "int8_linear.h"
 #include "isa.h"
 
-namespace py = pybind11;
 using namespace minillm;
 
 namespace {
-
-using Address = uintptr_t;
-using NoGil = py::call_guard<py::gil_scoped_release>;
-
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
 
 Int8Input input_of(Address x, int dtype, int64_t M, int64_t K, float threshold) {
     return {at<const void>(x), static_cast<Dtype>(dtype), M, K, threshold};
@@ -45,6 +34,7 @@ void linear(Address x, int dtype, int64_t M, int64_t K, float threshold, const s
 void bind_attention(py::module_& m);  // bind_attention.cpp
 void bind_block(py::module_& m);      // bind_block.cpp
 void bind_nf4(py::module_& m);        // bind_nf4.cpp
+void bind_step(py::module_& m);       // bind_step.cpp
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "minillm's CPU kernels; use them through minillm.ops";
@@ -83,4 +73,5 @@ PYBIND11_MODULE(_cpu, m) {
 
     bind_attention(m);
     bind_nf4(m);
+    bind_step(m);
 }

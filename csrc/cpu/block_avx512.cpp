@@ -75,10 +75,15 @@ MINILLM_AVX512 void swiglu(const void* gate, const void* up, void* y, Dtype dtyp
     }
 }
 
+MINILLM_AVX512 void add(const void* a, const void* b, void* y, Dtype dtype, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16)
+        store16(y, dtype, i, count - i, _mm512_add_ps(load16(a, dtype, i, count - i), load16(b, dtype, i, count - i)));
+}
+
 }  // namespace
 
 const BlockKernels& block_avx512() {
-    static const BlockKernels kernels = {rms_norm_row, rotate_head, swiglu};
+    static const BlockKernels kernels = {rms_norm_row, rotate_head, swiglu, add};
     return kernels;
 }
 

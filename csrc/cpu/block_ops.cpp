@@ -40,6 +40,10 @@ void swiglu_span(const void* gate, const void* up, void* y, Dtype dtype, int64_t
     }
 }
 
+void add_span(const void* a, const void* b, void* y, Dtype dtype, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) store(y, dtype, i, load(a, dtype, i) + load(b, dtype, i));
+}
+
 const BlockKernels& kernels_of(Isa isa) {
 #if defined(__x86_64__)
     if (isa >= Isa::avx512vnni) return block_avx512();
@@ -58,7 +62,7 @@ int useful(int threads, int64_t numbers) {
 }  // namespace
 
 const BlockKernels& block_ref() {
-    static const BlockKernels kernels = {rms_norm_row, rotate_head, swiglu_span};
+    static const BlockKernels kernels = {rms_norm_row, rotate_head, swiglu_span, add_span};
     return kernels;
 }
 
@@ -93,6 +97,10 @@ void swiglu(const void* gate, const void* up, void* y, Dtype dtype, int64_t coun
         kernels.swiglu(offset(gate, dtype, range.begin), offset(up, dtype, range.begin), offset(y, dtype, range.begin),
                        dtype, range.end - range.begin);
     });
+}
+
+void add(const void* a, const void* b, void* y, Dtype dtype, int64_t count, Isa isa) {
+    kernels_of(isa).add(a, b, y, dtype, count);
 }
 
 }  // namespace minillm

@@ -33,15 +33,15 @@ void pack(const uint8_t* q, int64_t count, uint8_t* packed) {
     for (int64_t i = 0; i < count / 2; ++i) packed[i] = static_cast<uint8_t>(q[2 * i] << 4 | q[2 * i + 1]);
 }
 
-// absmax of `count` blocks from `begin` on. Plain C++, as fused multiply-adds would round otherwise than bitsandbytes.
-const float* absmax_of(const Nf4Scales& scales, int64_t begin, int64_t count) {
+// absmax of `count` blocks from `begin` on.
+const float* absmax_of(const Nf4Scales& scales, int64_t begin, int64_t count, const Nf4Kernels& kernels) {
     if (scales.absmax) return scales.absmax + begin;
     float* absmax = memory.absmax.get<float>(count);
-    const float offset = *scales.offset;
     for (int64_t i = 0; i < count;) {
-        const float scale = scales.absmax2[(begin + i) / absmax_block];
-        const int64_t end = std::min(count, i + absmax_block - (begin + i) % absmax_block);
-        for (; i < end; ++i) absmax[i] = scales.map[scales.absmax8[begin + i]] * scale + offset;
+        const int64_t group = (begin + i) / absmax_block, end = std::min(count, (group + 1) * absmax_block - begin);
+        kernels.widen(scales.absmax8 + begin + i, scales.map, scales.absmax2[group], *scales.offset, end - i,
+                      absmax + i);
+        i = end;
     }
     return absmax;
 }
@@ -50,7 +50,7 @@ const float* absmax_of(const Nf4Scales& scales, int64_t begin, int64_t count) {
 void dequantise_run(const Nf4Weight& w, int64_t begin, int64_t end, const Nf4Kernels& kernels, void* out, Dtype dtype) {
     const float* code = nf4_code(w.kind).code;
     const int64_t first_block = begin / w.block;
-    const float* absmax = absmax_of(w.scales, first_block, (end - 1) / w.block - first_block + 1);
+    const float* absmax = absmax_of(w.scales, first_block, (end - 1) / w.block - first_block + 1, kernels);
     int64_t i = begin;
     if (i % 2 && i < end) {
         store(out, dtype, 0, code[w.packed[i / 2] & 15] * absmax[0]);
@@ -81,13 +81,15 @@ struct Linear {
     int shift;
 };
 
+constexpr int64_t rows_together = 16;  // whose absmax are widened at once: the table is then loaded once for all
+
 // sums[m] for all rows of x: the row of w comes from memory once and then from the nearest cache.
-void one_row(const Linear& job, int64_t n, float* sums) {
+void one_row(const Linear& job, int64_t n, const float* absmax, float* sums) {
     const Nf4Weight& w = job.w;
     Nf4Row packed{};
     float* row = nullptr;
     if (job.is_regular) {
-        packed = {w.packed + n * w.K / 2, absmax_of(w.scales, n * w.K / w.block, w.K / w.block), w.K, job.shift};
+        packed = {w.packed + n * w.K / 2, absmax, w.K, job.shift};
     } else {
         row = memory.row.get<float>(w.K);
         dequantise_run(w, n * w.K, (n + 1) * w.K, job.kernels, row, Dtype::f32);
@@ -155,10 +157,15 @@ void nf4_linear(const void* x, Dtype dtype, int64_t M, const Nf4Weight& weight, 
     parallel(threads, [&](int thread, int threads) {
         const Range rows = share(weight.N, 16, thread, threads);
         float* sums = memory.sums.get<float>(M);
-        for (int64_t n = rows.begin; n < rows.end; ++n) {
-            one_row(job, n, sums);
-            const float b = bias ? load(bias, dtype, n) : 0.0f;
-            for (int64_t m = 0; m < M; ++m) store(y, dtype, m * weight.N + n, sums[m] + b);
+        const int64_t blocks = job.is_regular ? weight.K / weight.block : 0;  // of a row
+        for (int64_t n0 = rows.begin; n0 < rows.end; n0 += rows_together) {
+            const int64_t end = std::min(rows.end, n0 + rows_together);
+            const float* absmax = absmax_of(weight.scales, n0 * blocks, (end - n0) * blocks, job.kernels);
+            for (int64_t n = n0; n < end; ++n) {
+                one_row(job, n, absmax + (n - n0) * blocks, sums);
+                const float b = bias ? load(bias, dtype, n) : 0.0f;
+                for (int64_t m = 0; m < M; ++m) store(y, dtype, m * weight.N + n, sums[m] + b);
+            }
         }
     });
 }

@@ -85,6 +85,8 @@ struct Nf4Kernels {
     float (*quantise)(const void* x, Dtype dtype, int64_t count, bool is_short, const Nf4Code& code, uint8_t* q);
     // Numbers of one block, from an even one on.
     void (*dequantise)(const uint8_t* packed, const float* code, float absmax, int64_t count, void* out, Dtype dtype);
+    // out[b] = map[codes[b]] * scale + offset, two roundings: absmax of blocks that share a scale.
+    void (*widen)(const uint8_t* codes, const float* map, float scale, float offset, int64_t count, float* out);
     // y[m] = sum_k x[m, k] w[k]
     void (*multiply)(const float* x, int64_t M, const float* w, int64_t K, float* y);
     // For rows as above; null where a variant has nothing better than dequantise and multiply. `arrange` brings a row

@@ -94,7 +94,7 @@ void dot(const void* arranged, int64_t M, const Nf4Row& row, const Nf4Code& code
 const Nf4Kernels& nf4_avx512bf16() {
     const Nf4Kernels& plain = nf4_avx512();
     static const Nf4Kernels kernels = {
-        plain.quantise, plain.dequantise, plain.multiply, arrange, dot, nf4_chunk * sizeof(uint16_t)};
+        plain.quantise, plain.dequantise, plain.widen, plain.multiply, arrange, dot, nf4_chunk * sizeof(uint16_t)};
     return kernels;
 }
 

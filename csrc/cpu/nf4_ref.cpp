@@ -69,6 +69,10 @@ void dequantise(const uint8_t* packed, const float* code, float absmax, int64_t 
     for (int64_t i = 0; i < count; ++i) store(out, dtype, i, code[packed[i / 2] >> (i % 2 ? 0 : 4) & 15] * absmax);
 }
 
+void widen(const uint8_t* codes, const float* map, float scale, float offset, int64_t count, float* out) {
+    for (int64_t b = 0; b < count; ++b) out[b] = map[codes[b]] * scale + offset;
+}
+
 void multiply(const float* x, int64_t M, const float* w, int64_t K, float* y) {
     for (int64_t m = 0; m < M; ++m) {
         double sum = 0;  // one fp32 sum after the other would lose more than the sixteen of a vector do
@@ -85,7 +89,7 @@ const Nf4Code& nf4_code(Nf4Kind kind) {
 }
 
 const Nf4Kernels& nf4_ref() {
-    static const Nf4Kernels kernels = {quantise, dequantise, multiply, nullptr, nullptr, 0};
+    static const Nf4Kernels kernels = {quantise, dequantise, widen, multiply, nullptr, nullptr, 0};
     return kernels;
 }
 

@@ -30,6 +30,7 @@ from minillm.checkpoint.weight_map import Rule, WeightMap
 from minillm.config import DecoderConfig
 from minillm.data.tokenizer import Tokenizer
 from minillm.errors import CheckpointError, InputError
+from minillm.memory import Room, empty
 from minillm.model import Decoder
 from minillm.placement import DTYPES, as_device, as_dtype
 from minillm.quant.convert import QUANTISED, Quantisation, as_quantisation, float_shapes, quantize_linears, swap
@@ -139,12 +140,13 @@ def fill(
     for key, rule in matched.items():
         _check_tensor(f"{where}: tensor {key}", files, key, rule, parameters)
     sizes = {key: math.prod(files.shape(key)) * files.dtype(key).itemsize for key in matched}
-    done, total = 0, sum(sizes.values())
+    done, total, room = 0, sum(sizes.values()), Room()
     for key, rule in matched.items():
         if isinstance(files, QuantisedTensors) and key in files.quantised:
             files.give(model, key, rule, device)
         else:
-            for name, tensor in zip(rule.ours, rule.split(files.read(key)), strict=True):
+            passing = all(_is_quantised(model, name) for name in rule.ours)
+            for name, tensor in zip(rule.ours, rule.split(files.read(key, room if passing else empty)), strict=True):
                 _place(model, name, tensor.to(device), dtype, f"{where}: tensor {key}")
         done += sizes[key]
         if report is not None:
@@ -216,6 +218,12 @@ def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | Non
     else:
         trains = not isinstance(module, QUANTISED)
         setattr(module, leaf, nn.Parameter(tensor.to(dtype).contiguous(), requires_grad=trains))
+
+
+def _is_quantised(model: nn.Module, name: str) -> bool:
+    """Whether the parameter is a weight that is rounded as it comes in, so that its float form is soon let go."""
+    parent, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(parent), QUANTISED)
 
 
 def _untie_if_different(config: DecoderConfig, files: Tensors, weight_map: WeightMap) -> DecoderConfig:

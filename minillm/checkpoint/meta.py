@@ -41,6 +41,7 @@ from minillm.checkpoint.tensor_file import PickleFile
 from minillm.checkpoint.weight_map import Rule, WeightMap
 from minillm.config import DecoderConfig, Llama3Rope
 from minillm.errors import CheckpointError, ConfigError
+from minillm.memory import Empty, empty
 
 _ROWS = ("wq.weight", "wk.weight", "wv.weight", "w1.weight", "w3.weight", "output.weight")
 _COLUMNS = ("wo.weight", "w2.weight")
@@ -84,7 +85,7 @@ class MetaFiles:
     def dtype(self, key: str) -> torch.dtype:
         return self._ranks[0][key].dtype
 
-    def read(self, key: str) -> Tensor:
+    def read(self, key: str, room: Empty = empty) -> Tensor:
         dim = self._joined_along(key)
         if dim is None:
             return self._ranks[0][key].clone()

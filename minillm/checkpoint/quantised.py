@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from minillm.checkpoint.tensors import Tensors
 from minillm.checkpoint.weight_map import Rule
 from minillm.errors import CheckpointError, ConfigError, nearest
+from minillm.memory import Empty, empty
 from minillm.ops import nf4
 from minillm.quant.convert import HEAD, QUANTISED, Quantisation
 from minillm.quant.int8_linear import LinearInt8
@@ -111,8 +112,8 @@ class QuantisedTensors:
     def dtype(self, key: str) -> torch.dtype:
         return self._files.dtype(key)
 
-    def read(self, key: str) -> Tensor:
-        return self._files.read(key)
+    def read(self, key: str, room: Empty = empty) -> Tensor:
+        return self._files.read(key, room)
 
     def close(self) -> None:
         self._files.close()

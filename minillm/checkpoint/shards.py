@@ -28,6 +28,7 @@ from minillm.checkpoint.index import PICKLE, SAFETENSORS, WeightFormat, confined
 from minillm.checkpoint.safetensors_header import ShapeAndDtype, count_bytes, write_header
 from minillm.checkpoint.tensor_file import PickleFile, SafetensorsFile, TensorFile, as_bytes
 from minillm.errors import CheckpointError, nearest
+from minillm.memory import Empty, empty
 
 
 class TensorFiles:
@@ -50,12 +51,12 @@ class TensorFiles:
     def file_of(self, key: str) -> Path:
         return self._file(key).path
 
-    def read(self, key: str) -> torch.Tensor:
-        """The tensor on the CPU, in contiguous memory of its own.
+    def read(self, key: str, room: Empty = empty) -> torch.Tensor:
+        """The tensor on the CPU, contiguous, in memory that `room` gives: by default its own.
 
         Raises `CheckpointError` for an unknown name, and for a file that was cut or rewritten since it was opened.
         """
-        return self._file(key).read(key)
+        return self._file(key).read(key, room)
 
     @property
     def total_bytes(self) -> int:

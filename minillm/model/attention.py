@@ -17,18 +17,16 @@ scores (ALiBi). None means plain causal: all T tokens are new, or a single one t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import DecoderConfig
+from minillm.model.cache import LayerCache
 from minillm.model.linear import make_linear, project
 from minillm.model.rope import rotate
 from minillm.ops import attention as kernel
-
-Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def visible_keys(keep: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
@@ -100,7 +98,7 @@ class Attention(nn.Module):
         x: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
-        remember: Remember | None,
+        cache: LayerCache | None,
     ) -> Tensor:
         batch, queries, _ = x.shape
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
@@ -109,9 +107,9 @@ class Attention(nn.Module):
         v = v.view(batch, queries, self.num_kv_heads, self.head_size).transpose(1, 2)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if remember is None:
+        if cache is None:
             y = attend(q, k, v, mask)
         else:
-            k, v = remember(k, v)  # (B, G, S, E)
+            k, v = cache.write(k, v)  # (B, G, S, E)
             y = attend_cached(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(batch, queries, self.num_heads * self.head_size))

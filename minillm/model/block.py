@@ -24,9 +24,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from minillm.config import DecoderConfig
-from minillm.model.attention import Attention, Remember
+from minillm.model.attention import Attention
+from minillm.model.cache import LayerCache
 from minillm.model.mlp import make_mlp
 from minillm.model.norms import make_norm
+from minillm.model.step import one_call
 
 
 class SequentialBlock(nn.Module):
@@ -40,9 +42,11 @@ class SequentialBlock(nn.Module):
         self.mlp = make_mlp(config)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None, remember: Remember | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, mask, remember)
+        if cache is not None and (y := one_call(self, x, rotation, mask, cache)) is not None:
+            return y
+        x = x + self.attention(self.attention_norm(x), rotation, mask, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -57,10 +61,10 @@ class ParallelBlock(nn.Module):
         self.mlp = make_mlp(config)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None, remember: Remember | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
         normed = self.attention_norm(x)
-        attended = self.attention(normed, rotation, mask, remember)
+        attended = self.attention(normed, rotation, mask, cache)
         return x + (self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x)) + attended)
 
 

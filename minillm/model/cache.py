@@ -9,6 +9,8 @@ advances the cache, once after all its layers.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -50,12 +52,9 @@ class KVCache:
         self._keep = torch.cat((past[:, : self.length], new), dim=1)  # (B, S)
         return self._keep
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, G, T, E) behind the filled slots; returns views of all S = length + T: (B, G, S, E)."""
-        end = self.length + k.shape[2]
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+    def layer(self, number: int) -> LayerCache:
+        """What one layer may do with its keys and values."""
+        return LayerCache(self, number)
 
     def advance(self, queries: int) -> None:
         """Count T tokens as seen, after every layer has written them."""
@@ -87,3 +86,28 @@ class KVCache:
         self.length = length
         if self._keep is not None:
             self._keep = self._keep[:, :length]
+
+
+class LayerCache(NamedTuple):
+    """The cache as one layer sees it."""
+
+    cache: KVCache
+    number: int
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Keys and values in whole, (B, G, capacity, E) each."""
+        return self.cache.keys[self.number], self.cache.values[self.number]
+
+    @property
+    def length(self) -> int:
+        """Filled slots."""
+        return self.cache.length
+
+    def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, G, T, E) behind the filled slots; returns views of all S = length + T: (B, G, S, E)."""
+        keys, values = self.stored
+        end = self.length + k.shape[2]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]

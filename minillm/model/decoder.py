@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +69,7 @@ class Decoder(nn.Module):
         rotation = None if self.rotary is None else self.rotary(positions[:, past:], x.dtype)
         mask = self._mask(keep, positions, queries, x.dtype)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, mask, None if cache is None else partial(cache.write, layer))
+            x = block(x, rotation, mask, None if cache is None else cache.layer(layer))
         if cache is not None:
             cache.advance(queries)
         return self.norm(x)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minillm.config import DecoderConfig
 from minillm.ops import block
+from minillm.ops.step import Floating
 
 
 def times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,6 +32,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return times(x, self.weight, self.bias)
+
+    def native(self) -> Floating:
+        """As `minillm.model.step` takes it."""
+        return Floating(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
 
 class SeparateBiasLinear(nn.Linear):

@@ -32,10 +32,15 @@ def serves(*tensors: Tensor) -> bool:
 
     Not within torch.compile: there torch's own attention is what the compiler knows. Nor within `native.aside`.
     """
-    if torch.compiler.is_compiling() or native.is_aside() or not _is_fast() or not native.serves(tensors[0]):
+    if torch.compiler.is_compiling() or not is_chosen() or not native.serves(tensors[0]):
         return False
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return not wanted and tensors[0].shape[-1] <= LONGEST_HEAD
+
+
+def is_chosen() -> bool:
+    """Whether this machine runs a variant that is faster than torch's kernel, and nobody has it step aside."""
+    return _is_fast() and not native.is_aside()
 
 
 def attend(

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minillm import memory
 from minillm.ops import native
 
 #: Above this, |x| is an outlier: the paper's value (§3.2, all outliers of 6.7 B models and larger are beyond 6).
@@ -66,7 +67,7 @@ def quantise(x: Tensor, threshold: float = math.inf, *, isa: str | None = None) 
     if not native.serves(x):
         return quantise_ref(x, threshold)
     rows, width = x.shape
-    q = torch.empty(rows, width, dtype=torch.int8)
+    q = memory.huge((rows, width), torch.int8)
     scale = torch.empty(rows, dtype=torch.float32)
     is_outlier = torch.empty(width, dtype=torch.bool)
     _module().int8_quantise(

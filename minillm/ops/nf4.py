@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minillm import memory
 from minillm.ops import native
 
 #: Kind -> its 16 codes. NF4: quantiles of the normal distribution, as bitsandbytes has them. FP4: sign, two bits of
@@ -119,7 +120,7 @@ def quantise(x: Tensor, kind: str = "nf4", block: int = 64, *, isa: str | None =
         return quantise_ref(x, kind, block)
     x = x.detach().contiguous()
     count = x.numel()
-    packed = torch.empty((count + 1) // 2, 1, dtype=torch.uint8)
+    packed = memory.huge(((count + 1) // 2, 1), torch.uint8)
     absmax = torch.empty(-(-count // block), dtype=torch.float32)
     _module().nf4_quantise(
         x.data_ptr(),
@@ -206,7 +207,7 @@ def dequantise(
     if not native.serves(out) or weight.packed.device.type != "cpu":
         return out.copy_(dequantise_ref(weight, dtype, rows, columns))
     _module().nf4_dequantise(
-        _addresses(weight),
+        addresses(weight),
         rows.start,
         size[0],
         columns.start,
@@ -219,7 +220,7 @@ def dequantise(
     return out
 
 
-def _addresses(weight: Weight) -> tuple[Any, ...]:
+def addresses(weight: Weight) -> tuple[Any, ...]:
     """The weight as csrc/cpu/bind_nf4.cpp takes it, after the checks."""
     check(weight.kind, weight.block)
     (outputs, width), blocks, nested, find = weight.shape, weight.blocks, weight.nested, native.address
@@ -273,7 +274,7 @@ def _direct(x: Tensor, weight: Weight, isa: str | None) -> Tensor:
         x.data_ptr(),
         native.FORMATS[x.dtype],
         len(x),
-        _addresses(weight),
+        addresses(weight),
         0 if weight.bias is None else native.address("bias", weight.bias, x.dtype, (outputs,)),
         y.data_ptr(),
         native.isa_number(isa),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minillm.errors import InputError
 from minillm.ops import int8
+from minillm.ops.step import Int8
 
 
 class LinearInt8(nn.Module):
@@ -82,6 +83,10 @@ class LinearInt8(nn.Module):
         if any(linear.threshold != threshold for linear in linears):
             return [linear(x) for linear in linears]
         return int8.linears(x, [linear._weight(x) for linear in linears], threshold or math.inf)
+
+    def native(self) -> Int8:
+        """As `minillm.model.step` takes it."""
+        return Int8(int8.Weight(self.weight, self.scale, self.bias), self.threshold)
 
     def _weight(self, x: Tensor) -> int8.Weight:
         bias = self.bias

@@ -109,6 +109,10 @@ class LinearNF4(nn.Module):
         bias = self.bias
         return nf4.linear(x, self.quantised(bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)))
 
+    def native(self) -> nf4.Weight:
+        """As `minillm.model.step` takes it."""
+        return self.quantised(self.bias)
+
     def quantised(self, bias: Tensor | None = None) -> nf4.Weight:
         """The weight as `minillm.ops.nf4` takes it."""
         scale, code, offset = self.nested_absmax, self.nested_map, self.nested_offset

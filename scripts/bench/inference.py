@@ -209,6 +209,14 @@ class Run(NamedTuple):
 
     def measure(self, name: str, figures: Sequence[str]) -> dict[str, float]:
         """One peer in a fresh process."""
+        return called(self.python(name), "peers.py", "measure", *self.command(name, figures))
+
+    def python(self, name: str) -> str:
+        """The interpreter that has this peer."""
+        return sys.executable if name in report.OURS.values() else self.args.peers_python
+
+    def command(self, name: str, figures: Sequence[str]) -> list[str]:
+        """What peers.py wants to know."""
         args, vocabulary = self.args, json.loads((self.folder / "config.json").read_text())["vocab_size"]
         draw = random.Random(0)
         job = {
@@ -219,8 +227,7 @@ class Run(NamedTuple):
             "threads": args.threads,
             "logits": str(self.scratch / f"{name}.npy"),
         }
-        python = sys.executable if name in report.OURS.values() else args.peers_python
-        return called(python, "peers.py", "measure", name, str(self.folder), str(self.converted), json.dumps(job))
+        return [name, str(self.folder), str(self.converted), json.dumps(job)]
 
     @property
     def converted(self) -> Path:

@@ -2,6 +2,7 @@
 
     python peers.py list                               what this interpreter has, as JSON
     python peers.py measure PEER FOLDER CONVERTED JOB  figures of one peer; JOB is a `Job` as JSON
+    python peers.py serve PEER FOLDER CONVERTED JOB    the same peer, open: a figure a line in, its rate a line out
 
 Needs nothing but numpy and the peer itself, so that it runs under any interpreter: the peers' pins clash. FOLDER is a
 Hugging Face checkpoint, CONVERTED what `convert.py` made of it.
@@ -84,44 +85,69 @@ def version(module: str) -> str:
 
 def measure(name: str, place: Place) -> dict[str, float]:
     """Seconds to load, GB at the peak, tokens a second; the packages are imported before the clock starts."""
-    peer, job = PEERS[name], place.job
-    for need in peer.needs:
-        for module in (need, *LAZY.get(need, ())):
-            importlib.import_module(module)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(job.threads)
+    job = place.job
+    import_all(name, job.threads)
     start = time.perf_counter()
-    engine = peer.open(place)
+    engine = PEERS[name].open(place)
     found = {"load": time.perf_counter() - start}
-    one, long = job.rows[:1], [job.long]
-    last = engine.logits(one)
+    last = engine.logits(job.rows[:1])
     found["first"] = time.perf_counter() - start
     np.save(job.logits, np.asarray(last.float() if hasattr(last, "float") else last, dtype=np.float32)[0])
-    if "decode" in job.figures:
-        engine.decode(one, 4)  # warm up
-        found["decode"] = job.new / _median(lambda: engine.decode(one, job.new))
-    if "prefill" in job.figures:
-        engine.prefill(long)
-        found["prefill"] = len(job.long) / _median(lambda: _seconds(partial(engine.prefill, long)))
+    for figure in ("decode", "prefill"):
+        if figure in job.figures:
+            warm_up(engine, job, figure)
+            found[figure] = _median(lambda figure=figure: rate(engine, job, figure))
     found["peak"] = peak_bytes() / 1e9
     if "batch" in job.figures and engine.batch:
-        engine.decode(job.rows, 2)
-        found["batch"] = len(job.rows) * job.new / _median(lambda: engine.decode(job.rows, job.new))
+        warm_up(engine, job, "batch")
+        found["batch"] = _median(lambda: rate(engine, job, "batch"))
     return found
 
 
-def _median(timed: Callable[[], float], times: int = 3, budget: float = 20.0) -> float:
+def import_all(name: str, threads: int) -> None:
+    """The peer's packages, with that many threads."""
+    for need in PEERS[name].needs:
+        for module in (need, *LAZY.get(need, ())):
+            importlib.import_module(module)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+
+
+def warm_up(engine: Engine, job: Job, figure: str) -> None:
+    """Once through everything that `rate` will time."""
+    if figure == "prefill":
+        engine.prefill([job.long])
+    else:
+        engine.decode(job.rows[:1] if figure == "decode" else job.rows, 4)
+
+
+def rate(engine: Engine, job: Job, figure: str) -> float:
+    """Tokens a second: `decode`, one prompt; `batch`, all of them; `prefill`, the long prompt."""
+    if figure == "prefill":
+        start = time.perf_counter()
+        engine.prefill([job.long])
+        return len(job.long) / (time.perf_counter() - start)
+    rows = job.rows[:1] if figure == "decode" else job.rows
+    return len(rows) * job.new / engine.decode(rows, job.new)
+
+
+def serve(name: str, place: Place) -> None:
+    """Answer figures asked on standard input with rates, and the first, empty line with 0 once all is warm."""
+    import_all(name, place.job.threads)
+    engine = PEERS[name].open(place)
+    for figure in place.job.figures:
+        warm_up(engine, place.job, figure)
+    for line in sys.stdin:
+        print(rate(engine, place.job, line.strip()) if line.strip() else 0.0, flush=True)
+
+
+def _median(rated: Callable[[], float], times: int = 3, budget: float = 20.0) -> float:
     """Of three, or of fewer where they take long."""
-    found = [timed()]
-    while len(found) < times and sum(found) + found[0] < budget:
-        found.append(timed())
-    return statistics.median(found)
-
-
-def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    found = [rated()]
+    while len(found) < times and (time.perf_counter() - start) * (1 + 1 / len(found)) < budget:
+        found.append(rated())
+    return statistics.median(found)
 
 
 def peak_bytes() -> int:
@@ -131,11 +157,15 @@ def peak_bytes() -> int:
 
 
 def main(command: str, *rest: str) -> dict[str, Any]:
-    """`list`, or `measure`."""
+    """`list`, `measure` or `serve`."""
     if command == "list":
         return catalogue()
     name, folder, converted, job = rest
-    return measure(name, Place(Path(folder), Path(converted), Job(**json.loads(job))))
+    place = Place(Path(folder), Path(converted), Job(**json.loads(job)))
+    if command == "measure":
+        return measure(name, place)
+    serve(name, place)
+    return {}
 
 
 if __name__ == "__main__":

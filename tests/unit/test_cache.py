@@ -147,7 +147,7 @@ def test_rewinding_out_of_range(length: int) -> None:
 def test_a_layer_writes_and_does_not_advance() -> None:
     cache = KVCache(config(), 1, 4, dtype=torch.float32, device="cpu")
     k = torch.ones(1, 2, 3, 8)
-    keys, values = cache.write(0, k, 2 * k)
+    keys, values = cache.layer(0).write(k, 2 * k)
     assert cache.length == 0
     assert torch.equal(keys, k) and torch.equal(values, 2 * k)
     assert keys.data_ptr() == cache.keys[0].data_ptr()  # a view: nothing is copied a second time

@@ -225,7 +225,7 @@ class ByHand(Attention):
     product = staticmethod(torch.matmul)
     softmax = staticmethod(nn.functional.softmax)
 
-    def forward(self, x: Tensor, rotation: object, mask: Tensor | None, remember: object) -> Tensor:
+    def forward(self, x: Tensor, rotation: object, mask: Tensor | None, cache: object) -> Tensor:
         batch, length, _ = x.shape
         q, k, v = (
             project(x).view(batch, length, -1, self.head_size).transpose(1, 2)
@@ -277,7 +277,7 @@ def test_a_prototype_without_norms() -> None:
 class Strange(Attention):
     """Attention in a way that nobody watches."""
 
-    def forward(self, x: Tensor, rotation: object, mask: Tensor | None, remember: object) -> Tensor:
+    def forward(self, x: Tensor, rotation: object, mask: Tensor | None, cache: object) -> Tensor:
         return self.o_proj(self.q_proj(x) * (self.k_proj(x) + self.v_proj(x)).sum())
 
 
@@ -350,8 +350,8 @@ def test_two_traces_at_once_see_the_same() -> None:
 class InPlace(SequentialBlock):
     """Adds both branches to the stream it was given, as some code does."""
 
-    def forward(self, x: Tensor, rotation: object, mask: Tensor | None, remember: object) -> Tensor:
-        x += self.attention(self.attention_norm(x), rotation, mask, remember)
+    def forward(self, x: Tensor, rotation: object, mask: Tensor | None, cache: object) -> Tensor:
+        x += self.attention(self.attention_norm(x), rotation, mask, cache)
         x += self.mlp(self.mlp_norm(x))
         return x
 

@@ -96,7 +96,7 @@ def _layer_norm(norm: Any, right: Any, x: Tensor) -> Tensor:
     return (unit * norm.weight.float() + norm.bias.float()).to(x.dtype)
 
 
-def _in_one_product(self: Any, x: Tensor, rotation: Any, mask: Any, remember: Any) -> Tensor:
+def _in_one_product(self: Any, x: Tensor, rotation: Any, mask: Any, cache: Any) -> Tensor:
     """q, k and v of one matmul: no module of them runs."""
     batch, length, _ = x.shape
     projections = (self.q_proj, self.k_proj, self.v_proj)
