@@ -7,7 +7,8 @@
 namespace minillm {
 namespace {
 
-void dot(const float* x, int64_t stride, int64_t M, const void* w, Dtype dtype, int64_t K, float* sums) {
+void dot(const void* rows, int64_t stride, int64_t M, const void* w, Dtype dtype, int64_t K, float* sums) {
+    const float* x = static_cast<const float*>(rows);
     for (int64_t m = 0; m < M; ++m) {
         double sum = 0;
         for (int64_t k = 0; k < K; ++k) sum += static_cast<double>(x[m * stride + k]) * load(w, dtype, k);
@@ -15,11 +16,14 @@ void dot(const float* x, int64_t stride, int64_t M, const void* w, Dtype dtype, 
     }
 }
 
-FloatDot dot_of(Isa isa) {
+bool is_by_bf16(Isa isa, Dtype dtype) { return isa >= Isa::avx512bf16 && dtype == Dtype::bf16; }
+
+FloatDot dot_of(Isa isa, Dtype dtype) {
 #if defined(__x86_64__)
+    if (is_by_bf16(isa, dtype)) return float_dot_avx512bf16();
     if (isa >= Isa::avx512vnni) return float_dot_avx512();
 #endif
-    (void)isa;
+    (void)isa, (void)dtype;
     return float_dot_ref();
 }
 
@@ -40,10 +44,11 @@ const float* widened(const FloatLinear& l, int64_t stride) {
 FloatDot float_dot_ref() { return dot; }
 
 void float_linear(const FloatLinear& l, Isa isa, int threads) {
-    const FloatDot kernel = dot_of(isa);
-    const int64_t stride = (l.K + 15) / 16 * 16;
+    const FloatDot kernel = dot_of(isa, l.dtype);
+    const bool as_it_is = is_by_bf16(isa, l.dtype);
+    const int64_t stride = as_it_is ? l.K : (l.K + 15) / 16 * 16;
     parallel(threads, [&](int thread, int threads) {
-        const float* x = widened(l, stride);
+        const void* x = as_it_is ? l.x : widened(l, stride);
         const Range rows = share(l.N, 16, thread, threads);
         float sums[max_float_rows];
         for (int64_t n = rows.begin; n < rows.end; ++n) {

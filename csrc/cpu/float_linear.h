@@ -23,13 +23,14 @@ struct FloatLinear {
 
 void float_linear(const FloatLinear& linear, Isa isa, int threads);
 
-// sums[m] = sum_k x[m, k] w[k] of one row of w; x (M, stride) fp32, stride a multiple of 16, zero beyond K.
-using FloatDot = void (*)(const float* x, int64_t stride, int64_t M, const void* w, Dtype dtype, int64_t K,
-                          float* sums);
+// sums[m] = sum_k x[m, k] w[k] of one row of w; x (M, stride) fp32, stride a multiple of 16, zero beyond K; for
+// avx512bf16 x is bf16 and has no gaps.
+using FloatDot = void (*)(const void* x, int64_t stride, int64_t M, const void* w, Dtype dtype, int64_t K, float* sums);
 
 FloatDot float_dot_ref();
 #if defined(__x86_64__)
 FloatDot float_dot_avx512();
+FloatDot float_dot_avx512bf16();  // bf16 only
 #endif
 
 }  // namespace minillm

@@ -41,7 +41,8 @@ MINILLM_AVX512 void dot_rows(const float* x, int64_t stride, const void* w, Dtyp
     }
 }
 
-void dot(const float* x, int64_t stride, int64_t M, const void* w, Dtype dtype, int64_t K, float* sums) {
+void dot(const void* rows, int64_t stride, int64_t M, const void* w, Dtype dtype, int64_t K, float* sums) {
+    const float* x = static_cast<const float*>(rows);
     switch (M) {
         case 1:
             dot_rows<1, 4>(x, stride, w, dtype, K, sums);

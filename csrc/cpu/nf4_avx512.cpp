@@ -119,7 +119,7 @@ MINILLM_AVX512 void dot_rows(const float* x, const Nf4Row& row, const Nf4Code& c
     MINILLM_UNROLL
     for (int m = 0; m < M; ++m) total[m] = _mm512_setzero_ps();
     for (int64_t k = 0; k < row.K; k += nf4_chunk) {
-        __m512i packed = packed_at(row, k);
+        __m512i packed = packed_at<false>(row, k);
         __m512 sum[M];
         MINILLM_UNROLL
         for (int m = 0; m < M; ++m) sum[m] = _mm512_setzero_ps();
@@ -131,7 +131,7 @@ MINILLM_AVX512 void dot_rows(const float* x, const Nf4Row& row, const Nf4Code& c
             for (int m = 0; m < M; ++m)
                 sum[m] = _mm512_fmadd_ps(weights, _mm512_load_ps(x + m * stride + k + 16 * t), sum[m]);
         }
-        const __m512 scale = absmax_at(row, k, lanes);
+        const __m512 scale = absmax_at<false>(row, k, lanes);
         MINILLM_UNROLL
         for (int m = 0; m < M; ++m) total[m] = _mm512_fmadd_ps(sum[m], scale, total[m]);
     }

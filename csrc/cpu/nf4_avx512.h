@@ -14,12 +14,13 @@ namespace {  // code for one instruction set must never be merged with that of a
 // about equal.
 constexpr int64_t prefetch_bytes = 4096;
 
-// 128 weights of the row; beyond its end zeros, and not read.
+// 128 weights of the row; beyond its end zeros, and not read. is_inside: its end is at least 256 weights away.
+template <bool is_inside>
 MINILLM_AVX512 inline __m512i packed_at(const Nf4Row& row, int64_t k) {
     const uint8_t* packed = row.packed + k / 2;
     _mm_prefetch(packed + prefetch_bytes, _MM_HINT_T0);
     const int64_t bytes = (row.K - k) / 2;
-    return bytes >= 64 ? _mm512_loadu_si512(packed) : _mm512_maskz_loadu_epi8((1ull << bytes) - 1, packed);
+    return is_inside || bytes >= 64 ? _mm512_loadu_si512(packed) : _mm512_maskz_loadu_epi8((1ull << bytes) - 1, packed);
 }
 
 // A lane of 32 bits holds eight weights: lane i belongs to block 8 i / block of those that packed_at touches.
@@ -28,10 +29,11 @@ MINILLM_AVX512 inline __m512i block_of_lane(int shift) {
     return _mm512_srlv_epi32(first_weight, _mm512_set1_epi32(shift));
 }
 
+template <bool is_inside>
 MINILLM_AVX512 inline __m512 absmax_at(const Nf4Row& row, int64_t k, __m512i lanes) {
     const float* absmax = row.absmax + (k >> row.shift);
     const int64_t blocks = (row.K - k) >> row.shift;  // 0 within a block longer than 128
-    if (blocks >= 4) return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(absmax)));
+    if (is_inside || blocks >= 4) return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(absmax)));
     return _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(first(std::max<int64_t>(blocks, 1)), absmax));
 }
 

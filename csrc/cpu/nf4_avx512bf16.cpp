@@ -34,6 +34,24 @@ MINILLM_BF16 inline __m512 multiply_add(__m512 sum, __m512i weights, const uint1
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(weights), reinterpret_cast<__m512bh>(_mm512_load_si512(x)));
 }
 
+// The 128 weights from k on.
+template <int M, bool is_inside>
+MINILLM_BF16 inline void dot_chunk(const uint16_t* x, int64_t stride, const Nf4Row& row, int64_t k, __m512i table,
+                                   __m512i lanes, __m512* total) {
+    const __m512i packed = packed_at<is_inside>(row, k);
+    __m512i weights[4];
+    MINILLM_UNROLL
+    for (int s = 0; s < 4; ++s) weights[s] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4 * s), table);
+    const __m512 scale = absmax_at<is_inside>(row, k, lanes);
+    MINILLM_UNROLL
+    for (int m = 0; m < M; ++m) {
+        __m512 sum = _mm512_setzero_ps();
+        MINILLM_UNROLL
+        for (int s = 0; s < 4; ++s) sum = multiply_add(sum, weights[s], x + m * stride + k + 32 * s);
+        total[m] = _mm512_fmadd_ps(sum, scale, total[m]);
+    }
+}
+
 template <int M>
 MINILLM_BF16 void dot_rows(const uint16_t* x, const Nf4Row& row, const Nf4Code& code, float* y) {
     const int64_t stride = (row.K + nf4_chunk - 1) / nf4_chunk * nf4_chunk;
@@ -42,20 +60,10 @@ MINILLM_BF16 void dot_rows(const uint16_t* x, const Nf4Row& row, const Nf4Code& 
     __m512 total[M];
     MINILLM_UNROLL
     for (int m = 0; m < M; ++m) total[m] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < row.K; k += nf4_chunk) {
-        __m512i packed = packed_at(row, k);
-        __m512i weights[4];
-        MINILLM_UNROLL
-        for (int s = 0; s < 4; ++s) weights[s] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4 * s), table);
-        const __m512 scale = absmax_at(row, k, lanes);
-        MINILLM_UNROLL
-        for (int m = 0; m < M; ++m) {
-            __m512 sum = _mm512_setzero_ps();
-            MINILLM_UNROLL
-            for (int s = 0; s < 4; ++s) sum = multiply_add(sum, weights[s], x + m * stride + k + 32 * s);
-            total[m] = _mm512_fmadd_ps(sum, scale, total[m]);
-        }
-    }
+    int64_t k = 0;
+    if (row.shift <= 6)
+        for (; k + 256 <= row.K; k += nf4_chunk) dot_chunk<M, true>(x, stride, row, k, table, lanes, total);
+    for (; k < row.K; k += nf4_chunk) dot_chunk<M, false>(x, stride, row, k, table, lanes, total);
     MINILLM_UNROLL
     for (int m = 0; m < M; ++m) y[m] = _mm512_reduce_add_ps(total[m]) * (1.0f / code.bf16_factor);
 }

@@ -8,6 +8,7 @@ are in fp32 and rounded where torch rounds.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,9 +18,18 @@ from minillm.ops import native
 
 #: Rows that the kernel for linears takes at most, and up to which the others are worth a call of their own.
 FEW_ROWS = 8
-#: Rows up to which `linear` is faster than torch's matrix product. Measured, W (5632, 2048), 2 cores with AVX512-BF16,
-#: ours and torch's in µs: bf16, 1 row 558 and 794, 2 rows 556 and 749, 4 rows 1147 and 789; fp32, 8 rows 2529 and 3400.
-STREAMED_ROWS = {torch.float32: 8, torch.float16: 8, torch.bfloat16: 2}
+#: Rows up to which `linear` is faster than torch's matrix product, by format, and by variant where that matters. So,
+#: for W (5632, 2048), 2 cores, ours and torch's in µs: bf16 by AVX512-BF16, 1 row 550 and 895, 4 rows 546 and 802,
+#: 6 rows 747 to 1503 and 1000; bf16 without it, 2 rows 610 and 825, 4 rows 1211 and 802; fp32, 8 rows 2529 and 3400.
+_STREAMED_ROWS = {torch.float32: 8, torch.float16: 8, torch.bfloat16: 2}
+_STREAMED_BF16 = 4
+
+
+@cache
+def streamed_rows(dtype: torch.dtype) -> int:
+    """Rows up to which `linear` is the fastest here; 0 for formats that it does not take."""
+    has_bf16 = dtype == torch.bfloat16 and native.isas().get("avx512bf16", False)
+    return _STREAMED_BF16 if has_bf16 else _STREAMED_ROWS.get(dtype, 0)
 
 
 def fast(x: Tensor) -> bool:
@@ -99,7 +109,7 @@ def few_rows(x: Tensor, most: int = FEW_ROWS) -> bool:
 
 def streams(x: Tensor) -> bool:
     """Whether `linear` is the fastest for this input."""
-    return few_rows(x, STREAMED_ROWS.get(x.dtype, 0))
+    return few_rows(x, streamed_rows(x.dtype))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, isa: str | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minillm.ops import int8, native, nf4
-from minillm.ops.block import FEW_ROWS, STREAMED_ROWS
+from minillm.ops.block import FEW_ROWS, streamed_rows
 
 
 class Floating(NamedTuple):
@@ -75,7 +75,7 @@ class BlockStep:
         module: Any = native.cpu()
         self._native = module.BlockWeights(native.format_of("norm", norm), block.eps, sizes, *norms, linears)
         has_floats = any(isinstance(linear, Floating) for linear in block.linears)
-        self.most_rows = STREAMED_ROWS[self.dtype] if has_floats else FEW_ROWS
+        self.most_rows = streamed_rows(self.dtype) if has_floats else FEW_ROWS
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, past: Past) -> Tensor:
         """x (B, 1, D) and its keys' and values' past -> y (B, 1, D); the new keys and values are in the past then.

@@ -5,8 +5,12 @@
 
 On a machine that is shared, the memory's rate doubles and halves within minutes; figures taken minutes apart
 (inference.py) then differ by more than the engines do. Here a turn is one measurement of every engine, right after each
-other, and of the rate at which memory is read; a ratio is taken within a turn, and the median of the turns counts. The
-quartiles say how far to trust it.
+other, and of the rate at which memory is read; a ratio is taken within a turn, and the median of the turns counts. All
+are opened anew several times, as where its pages happen to lie makes an engine faster or slower for as long as it lives
+(llama.cpp's Q8_0: 18 and 33 tokens a second within the hour). The quartiles say how far to trust a ratio.
+
+The last row, for decoding: the first engine's rate times the bytes that a token reads, over the rate of reading alone.
+A token reads all weights but the embedding once, counted at the engine's bits each.
 """
 
 from __future__ import annotations
@@ -35,8 +39,10 @@ class Duel(inference.Bench):
     """The names that inference.py prints."""
     figure: Literal["decode", "prefill", "batch"] = "decode"
     """What is measured."""
-    turns: int = 15
-    """How often each has its turn."""
+    openings: int = 3
+    """How often all are opened anew."""
+    turns: int = 6
+    """How often each then has its turn."""
 
 
 class Opened:
@@ -72,22 +78,36 @@ def main(args: Duel) -> dict[str, Any]:
         folder = args.checkpoint or inference.random_checkpoint(args, files)
         run = inference.Run(args, folder, files, Path(scratch))
         run.convert(peers)
-        opened: dict[str, Opened] = {}
-        try:
-            for name in peers:
-                inference.say(f"opening {name}")
-                opened[name] = Opened(run.python(name), "peers.py", *run.command(name, [args.figure]))
-            opened["read"] = Opened(sys.executable, "machine.py", str(args.threads))
-            turns = [{name: one.ask(args.figure) for name, one in opened.items()} for _ in range(args.turns)]
-        finally:
-            for one in opened.values():
-                one.close()
-    result = {"figure": args.figure, "rates": turns, "ratios": ratios(turns)}
+        turns = [turn for number in range(args.openings) for turn in opening(run, list(peers), number)]
+        first = peers[args.peers[0]]
+        size = inference.sizes(folder)
+    token = (size["linears"] + size["head"]) * first["bits"] / 8 / 1e9
+    result = {"figure": args.figure, "rates": turns, "ratios": ratios(turns), "gb_per_token": token}
     Console(highlight=False).print(table(result))
     if args.save:
         name = f"duel-{args.shape}-{args.figure}-{args.peers[0]}.json"
         (inference.HERE / "results" / name).write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def opening(run: inference.Run, peers: Sequence[str], number: int) -> list[dict[str, float]]:
+    """Open all, let them take turns, close them."""
+    args: Any = run.args
+    opened: dict[str, Opened] = {}
+    found: list[dict[str, float]] = []
+    try:
+        for name in peers:
+            inference.say(f"opening {number + 1} of {args.openings}: {name}")
+            opened[name] = Opened(run.python(name), "peers.py", *run.command(name, [args.figure]))
+        opened["read"] = Opened(sys.executable, "machine.py", str(args.threads))
+        for turn in range(args.turns):
+            order = list(opened) if turn % 2 else list(reversed(opened))
+            rates = {name: opened[name].ask(args.figure) for name in order}
+            found.append({name: rates[name] for name in opened})
+    finally:
+        for one in opened.values():
+            one.close()
+    return found
 
 
 def ratios(turns: Sequence[dict[str, float]]) -> dict[str, list[float]]:
@@ -109,10 +129,14 @@ def table(result: dict[str, Any]) -> Table:
     first = next(iter(turns[0]))
     drawn = Table("", "median", f"{first}: times", "quartiles", title=f"{result['figure']}, {len(turns)} turns")
     for name in turns[0]:
-        unit = "GB/s" if name == "read" else "tok/s"
-        low, middle, high = result["ratios"].get(name, (1, 1, 1))
+        is_read = name == "read"
+        if is_read and result["figure"] != "decode":
+            continue
+        factor = result["gb_per_token"] if is_read else 1
+        low, middle, high = (factor * ratio for ratio in result["ratios"].get(name, (1, 1, 1)))
         median = statistics.median(turn[name] for turn in turns)
-        drawn.add_row(name, f"{median:.1f} {unit}", f"{middle:.3g}", f"{low:.3g} {high:.3g}")
+        rate = f"{median:.1f} {'GB/s' if is_read else 'tok/s'}"
+        drawn.add_row("memory, read" if is_read else name, rate, f"{middle:.3g}", f"{low:.3g} {high:.3g}")
     return drawn
 
 

@@ -16,7 +16,7 @@ from tests.decoders import SHAPES, decoder
 from tests.error import assert_near, assert_rule_of_two
 
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = [isa for isa in ("ref", "avx512vnni") if native.isas().get(isa)]
+ISAS = [isa for isa in ("ref", "avx512vnni", "avx512bf16") if native.isas().get(isa)]
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"minillm._cpu: {native.why_not()}")
 EVERY_ISA, EVERY_FORMAT = pytest.mark.parametrize("isa", ISAS), pytest.mark.parametrize("dtype", FORMATS, ids=str)
 

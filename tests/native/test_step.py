@@ -16,13 +16,14 @@ from minillm.model import block as blocks
 from minillm.model import step as step_module
 from minillm.ops import native
 from minillm.ops.attention import is_chosen
+from minillm.ops.block import streamed_rows
 from minillm.ops.step import Block, BlockStep, Floating, Past
 from minillm.quant.convert import Quantisation, quantize_linears
 from tests.decoders import decoder
 
 pytestmark = pytest.mark.skipif(not is_chosen(), reason="attention runs through torch here")
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
-PROMPTS = [[1, 2, 3, 4], [5, 6], [7, 8, 9]]
+PROMPTS = [[1, 2, 3, 4], [5, 6], [7, 8, 9], [1], [2, 2], [3]]
 
 
 @pytest.fixture
@@ -67,14 +68,14 @@ def model_of(kind: str, dtype: torch.dtype, **fields: Any) -> Decoder:
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize("kind", ["float", "int8", "nf4", "single"])
-@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 3, 6])
 @pytest.mark.parametrize("fields", [{}, {"attention_bias": True, "mlp_bias": True}, {"rotary_size": 8}], ids=str)
 def test_the_bits_of_the_modules(
     kind: str, dtype: torch.dtype, rows: int, fields: dict[str, Any], calls: list[int]
 ) -> None:
     model = model_of(kind, dtype, **fields)
     found = logits(model, PROMPTS[:rows])
-    streams = kind != "float" or dtype != torch.bfloat16 or rows <= 2
+    streams = kind != "float" or rows <= streamed_rows(dtype)
     assert calls == [rows] * (3 * model.config.num_layers if streams else 0)
     with modules_only():
         assert torch.equal(found, logits(model, PROMPTS[:rows]))
