@@ -233,23 +233,39 @@ void tile(const int8_t* q, int64_t stride, int64_t M, const uint8_t* packed, int
     }
 }
 
-MINILLM_AVX512 void finish(const Int8Block& b) {
+// sixteen columns of R rows from m on. The rows' chains of sums run side by side: one alone would wait four cycles for
+// each of its sums.
+template <int R>
+MINILLM_AVX512 void finish_rows(const Int8Block& b, int64_t m, int64_t j) {
+    const __mmask16 mask = first(b.n - j);
+    const __m512 scale_w = _mm512_maskz_loadu_ps(mask, b.scale_w + j);
+    const __m512 integer_scale = _mm512_mul_ps(scale_w, _mm512_set1_ps(1.0f / (127 * 127)));
+    const __m512 float_scale = _mm512_mul_ps(scale_w, _mm512_set1_ps(1.0f / 127));
+    const __m512 bias = b.bias ? load16(b.bias, b.dtype, j, b.n - j) : _mm512_setzero_ps();
+    __m512 outliers[R];
+    MINILLM_UNROLL
+    for (int r = 0; r < R; ++r) outliers[r] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < b.outliers; ++c) {
+        const __m512 column = _mm512_maskz_loadu_ps(mask, b.columns + c * max_panel + j);
+        MINILLM_UNROLL
+        for (int r = 0; r < R; ++r)
+            outliers[r] = _mm512_fmadd_ps(_mm512_set1_ps(b.values[(m + r) * b.outliers + c]), column, outliers[r]);
+    }
+    MINILLM_UNROLL
+    for (int r = 0; r < R; ++r) {
+        const __m512 sums = _mm512_cvtepi32_ps(_mm512_load_si512(b.sums + (m + r) * max_panel + j));
+        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(b.scale_x[m + r]), integer_scale);
+        const __m512 y = _mm512_fmadd_ps(sums, scale, _mm512_fmadd_ps(outliers[r], float_scale, bias));
+        store16(b.y, b.dtype, (m + r) * b.N + j, b.n - j, y);
+    }
+}
+
+void finish(const Int8Block& b) {
     for (int64_t j = 0; j < b.n; j += 16) {
-        const __mmask16 mask = first(b.n - j);
-        const __m512 scale_w = _mm512_maskz_loadu_ps(mask, b.scale_w + j);
-        const __m512 integer_scale = _mm512_mul_ps(scale_w, _mm512_set1_ps(1.0f / (127 * 127)));
-        const __m512 float_scale = _mm512_mul_ps(scale_w, _mm512_set1_ps(1.0f / 127));
-        const __m512 bias = b.bias ? load16(b.bias, b.dtype, j, b.n - j) : _mm512_setzero_ps();
-        for (int64_t m = 0; m < b.M; ++m) {
-            __m512 outliers = _mm512_setzero_ps();
-            for (int64_t c = 0; c < b.outliers; ++c)
-                outliers = _mm512_fmadd_ps(_mm512_set1_ps(b.values[m * b.outliers + c]),
-                                           _mm512_maskz_loadu_ps(mask, b.columns + c * max_panel + j), outliers);
-            const __m512 sums = _mm512_cvtepi32_ps(_mm512_load_si512(b.sums + m * max_panel + j));
-            const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(b.scale_x[m]), integer_scale);
-            const __m512 y = _mm512_fmadd_ps(sums, scale, _mm512_fmadd_ps(outliers, float_scale, bias));
-            store16(b.y, b.dtype, m * b.N + j, b.n - j, y);
-        }
+        int64_t m = 0;
+        for (; m + 6 <= b.M; m += 6) finish_rows<6>(b, m, j);
+        for (; m + 2 <= b.M; m += 2) finish_rows<2>(b, m, j);
+        for (; m < b.M; ++m) finish_rows<1>(b, m, j);
     }
 }
 

@@ -69,14 +69,16 @@ def stepwise(start: Callable[[Rows], Any], step: Callable[[Any], Any], batch: bo
     return Engine(start, decode, start, batch)
 
 
-def minillm(place: Place, dtype: str = "bfloat16", quantize: str | None = None) -> Engine:
-    """This project."""
+def minillm(place: Place, dtype: str = "bfloat16", quantize: str | None = None, **how: Any) -> Engine:
+    """This project; how: what `Quantisation` takes beside the kind."""
     import torch
 
     import minillm
     from minillm.generation.generate import decode_step, prefill
+    from minillm.quant.convert import Quantisation
 
-    model = minillm.load_model(place.checkpoint, dtype=dtype, quantize=quantize)
+    quantisation = None if quantize is None else Quantisation(quantize, **how)
+    model = minillm.load_model(place.checkpoint, dtype=dtype, quantize=quantisation)
     cache: Any = None
 
     def start(rows: Rows) -> Any:

@@ -45,11 +45,14 @@ PEERS = {
     "transformers-bf16": Peer(transformers, 16, HF),
     "llama.cpp-bf16": Peer(partial(llama_cpp, kind="bf16"), 16, LLAMA, ("bf16.gguf",)),
     "minillm-int8": Peer(partial(minillm, quantize="int8"), 8, OURS),
+    "minillm-int8-head": Peer(partial(minillm, quantize="int8", skip=()), 8, OURS),  # the head too, as llama.cpp has it
+    "minillm-int8-nosplit": Peer(partial(minillm, quantize="int8", threshold=0.0), 8, OURS),  # no outlier columns
     "bitsandbytes-int8": Peer(partial(transformers, quantize={"load_in_8bit": True}), 8, BNB),
     "torchao-int8": Peer(torchao, 8, (*HF, "torchao")),
     "ctranslate2-int8": Peer(ctranslate2, 8, CT2, ("ct2-int8",)),
     "llama.cpp-q8_0": Peer(partial(llama_cpp, kind="q8_0"), 8, LLAMA, ("bf16.gguf", "q8_0.gguf")),
     "minillm-nf4": Peer(partial(minillm, quantize="nf4"), 4, OURS),
+    "minillm-nf4-head": Peer(partial(minillm, quantize="nf4", skip=()), 4, OURS),
     "bitsandbytes-nf4": Peer(bitsandbytes_nf4, 4, BNB),
     "llama.cpp-q4_0": Peer(partial(llama_cpp, kind="q4_0"), 4, LLAMA, ("bf16.gguf", "q4_0.gguf")),
 }
@@ -96,7 +99,7 @@ def measure(name: str, place: Place) -> dict[str, float]:
     for figure in ("decode", "prefill"):
         if figure in job.figures:
             warm_up(engine, job, figure)
-            found[figure] = _median(lambda figure=figure: rate(engine, job, figure))
+            found[figure] = _median(partial(rate, engine, job, figure))
     found["peak"] = peak_bytes() / 1e9
     if "batch" in job.figures and engine.batch:
         warm_up(engine, job, "batch")
