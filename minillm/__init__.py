@@ -5,11 +5,12 @@ for piece in minillm.stream(model, tokenizer, "Write a poem about Valencia.", to
     print(piece, end="", flush=True)
 logits = model(tokens)                                                           # (B, T) -> (B, T, V)
 minillm.save(model, "out/", tokenizer=tokenizer)                                 # a folder transformers loads
+minillm.lora.add(model, rank=16, alpha=32, targets=["q_proj", "v_proj"])         # peft's files both ways: lora.load, save
 with minillm.verify.trace(model) as recorded:                                    # name -> tensor, every operation
     model(tokens)
 """
 
-from minillm import verify
+from minillm import lora, verify
 from minillm.checkpoint.load import load, load_model
 from minillm.checkpoint.save import save
 from minillm.config import DecoderConfig
@@ -30,6 +31,7 @@ __all__ = [
     "generate",
     "load",
     "load_model",
+    "lora",
     "save",
     "stream",
     "verify",

@@ -1,0 +1,80 @@
+"""How an adapter starts. W (N, K) is the weight it sits on.
+
+    kaiming    A ~ U(-1/sqrt(K), 1/sqrt(K)), B = 0                            LoRA's own; kaiming with a = sqrt(5)
+    gaussian   A ~ N(0, 1/R), deviation 1/R, B = 0
+    linear     A and B as fresh linears: ΔW is not zero
+    pissa      W = U S V^T:   B0 = U_R sqrt(S_R / s),  A0 = sqrt(S_R / s) V_R^T             arXiv 2404.02948 eq. 2-4
+    olora      W = Q R:       B0 = Q[:, :R],  A0 = R[:R]                                      arXiv 2406.01775 §3
+
+PiSSA and OLoRA start from A0, B0 and take s B0 A0 out of the base, so that the sum is W still. peft changes W for that,
+and its base is then no reference any more; here the layer takes s B0 A0 x away instead (`Adapter.begin_at`).
+
+On embeddings A is zero and B ~ N(0, 1), the other way round, as in peft: A is looked up, B multiplies.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from minillm.errors import InputError
+from minillm.lora.config import Init
+from minillm.lora.layer import Adapter, float_weight
+
+
+def start(adapter: Adapter, base: nn.Module, init: Init, generator: torch.Generator | None = None) -> None:
+    """Fill A and B of an adapter on a linear."""
+    with torch.no_grad():
+        match init:
+            case "kaiming":
+                _uniform(adapter.a, generator)
+                adapter.b.zero_()
+            case "gaussian":
+                adapter.a.normal_(0, 1 / adapter.rank, generator=generator)
+                adapter.b.zero_()
+            case "linear":
+                _uniform(adapter.a, generator)
+                _uniform(adapter.b, generator)
+            case "pissa" | "olora":
+                weight = float_weight(base, torch.float32)
+                if adapter.rank > min(weight.shape):
+                    raise InputError(
+                        f"{init} takes {adapter.rank} directions out of a weight {tuple(weight.shape)}; lower the rank"
+                    )
+                a, b = (_pissa if init == "pissa" else _olora)(weight, adapter.rank, adapter.scale)
+                adapter.a.copy_(a)
+                adapter.b.copy_(b)
+                adapter.begin_at(adapter.a.detach().clone(), adapter.b.detach().clone())
+
+
+def start_embedding(adapter: Adapter, init: Init, generator: torch.Generator | None = None) -> None:
+    """The same on an embedding."""
+    if init in ("pissa", "olora"):
+        raise InputError(f"init {init} is for linears; leave the embedding out of targets or take another init")
+    with torch.no_grad():
+        adapter.a.zero_()
+        adapter.b.normal_(0, 1, generator=generator)
+        if init == "linear":
+            adapter.a.normal_(0, 1, generator=generator)
+
+
+def _uniform(x: Tensor, generator: torch.Generator | None) -> None:
+    """U(-1/sqrt(K), 1/sqrt(K)) for x (.., K): what nn.Linear starts from."""
+    bound = 1 / math.sqrt(x.shape[1])
+    x.uniform_(-bound, bound, generator=generator)
+
+
+def _pissa(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The R largest singular directions, s B A = U_R S_R V_R^T."""
+    if scale <= 0:
+        raise InputError(f"pissa divides by the scale, which is {scale:g}; give a positive alpha")
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    root = (s[:rank] / scale).sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root
+
+
+def _olora(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:  # scales nothing, as in peft
+    q, r = torch.linalg.qr(weight)
+    return r[:rank].contiguous(), q[:, :rank].contiguous()

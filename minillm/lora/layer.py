@@ -1,0 +1,228 @@
+"""Layers with adapters beside a base that stays as it is (LoRA, arXiv 2106.09685 §4.1).
+
+    LoraLinear      y = base(x) + sum over active adapters of  s B A drop(x)  (+ s b)        x (..., K) -> (..., N)
+    LoraEmbedding   y = base(t) + s B A[:, t]                                                A (R, V), B (D, R)
+    Retrained       the base with some of its parameters replaced by an adapter's own
+
+    DoRA (arXiv 2402.09353 eq. 5)   y = g (W + s B A) x + b,   g = m / |W + s B A|           a norm a row, (N,)
+
+The base may be float, int8 or NF4. It is never changed, so that without its adapters a layer is bitwise the base, also
+for PiSSA and OLoRA: where those take s B0 A0 out of W, we subtract s B0 A0 x from y (`start`). All layers of a model
+share one `Choice`: which adapters are active, or which for each row of the batch.
+
+Adapters are kept in fp32 beside a 16-bit base, as gradient steps are too small for 16 bits; x is cast to fp32 for them
+and the sum to the base's format, as in peft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+@dataclass
+class Choice:
+    """What the layers of one model do, until it is changed.
+
+    active: adapters that are added up. rows: the adapter of each row of the batch instead, None for the base alone.
+    """
+
+    active: tuple[str, ...] = ()
+    rows: tuple[str | None, ...] | None = None
+    enabled: bool = True
+
+    def names(self) -> tuple[str, ...]:
+        """The active ones; none while adapters are disabled."""
+        return self.active if self.enabled else ()
+
+
+class Adapter(nn.Module):
+    """A (R, K) and B (N, R) of one layer, with what goes with them; `forward` is s (B A drop(x) + b) (..., N)."""
+
+    start: tuple[Tensor, Tensor] | None
+    bias: nn.Parameter | None
+    magnitude: nn.Parameter | None
+
+    def __init__(self, a: Tensor, b: Tensor, *, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.a, self.b, self.scale = nn.Parameter(a), nn.Parameter(b), scale
+        self.dropout = nn.Dropout(dropout)
+        self.bias = self.magnitude = None
+        self.register_buffer("start_a", None, persistent=False)
+        self.register_buffer("start_b", None, persistent=False)
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.a.shape[0]
+
+    def begin_at(self, a: Tensor, b: Tensor) -> None:
+        """Take s B0 A0 away again, so that training starts from the base itself (PiSSA, OLoRA)."""
+        self.start_a, self.start_b = a, b
+
+    def delta(self) -> Tensor:
+        """ΔW = s (B A - B0 A0), (N, K)."""
+        product = self.b @ self.a
+        if self.start_a is not None:
+            product = product - self.start_b @ self.start_a
+        return self.scale * product
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(x.to(self.a.dtype))
+        y = F.linear(F.linear(x, self.a), self.b, self.bias)
+        if self.start_a is not None:
+            y = y - F.linear(F.linear(x, self.start_a), self.start_b)
+        return y * self.scale
+
+    def extra_repr(self) -> str:
+        return f"{self.a.shape[1]}, {self.b.shape[0]}, rank={self.rank}, scale={self.scale:g}"
+
+
+class Adapted(nn.Module):
+    """A base and its adapters by name."""
+
+    def __init__(self, base: nn.Module, choice: Choice) -> None:
+        super().__init__()
+        self.base, self.choice = base, choice
+        self.adapters = nn.ModuleDict()
+
+    def _add(self, y: Tensor, change: Callable[[Any, Sequence[int] | slice], Tensor]) -> Tensor:
+        """y plus what the chosen adapters change, in the format of y. change(adapter, rows of the batch)."""
+        choice = self.choice
+        if not choice.enabled:
+            return y
+        if choice.rows is not None:
+            return self._add_by_row(y, change)
+        total = y
+        for name in choice.active:
+            if name in self.adapters:
+                total = total + change(self.adapters[name], slice(None))
+        return total.to(y.dtype)
+
+    def _add_by_row(self, y: Tensor, change: Callable[[Any, Sequence[int] | slice], Tensor]) -> Tensor:
+        rows = self.choice.rows or ()
+        if len(rows) != y.shape[0]:
+            raise ValueError(f"{len(rows)} rows have an adapter chosen, and the batch has {y.shape[0]}")
+        total = y.clone()
+        for name in dict.fromkeys(rows):
+            if name is not None and name in self.adapters:
+                places = [place for place, own in enumerate(rows) if own == name]
+                total[places] = (y[places] + change(self.adapters[name], places)).to(y.dtype)
+        return total
+
+
+class LoraLinear(Adapted):
+    """A linear with adapters; formulas above."""
+
+    @property
+    def weight(self) -> Tensor:
+        """That of the base, for those who only look at its shape and format."""
+        found: Tensor = self.base.weight  # type: ignore[assignment]
+        return found
+
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the base."""
+        found: Tensor | None = self.base.bias  # type: ignore[assignment]
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+
+        def change(adapter: Adapter, rows: Sequence[int] | slice) -> Tensor:
+            if adapter.magnitude is None:
+                added: Tensor = adapter(x[rows])
+                return added
+            return self._dora(adapter, x[rows], y[rows])
+
+        return self._add(y, change)
+
+    def _dora(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
+        """(g - 1) W x + g s B A x: what makes W x + b the whole of eq. 5. The norm is taken for a constant."""
+        assert adapter.magnitude is not None
+        weight, bias = float_weight(self.base, adapter.a.dtype), self.bias
+        norm = row_norms(weight, adapter).detach()
+        gain = adapter.magnitude / norm  # (N,)
+        drops = adapter.training and adapter.dropout.p > 0
+        x = adapter.dropout(x.to(adapter.a.dtype)) if drops else x.to(adapter.a.dtype)
+        plain = F.linear(x, weight) if drops else y if bias is None else y - bias
+        added = F.linear(F.linear(x, adapter.a), adapter.b) * adapter.scale
+        if adapter.start_a is not None:
+            added = added - F.linear(F.linear(x, adapter.start_a), adapter.start_b) * adapter.scale
+        return (gain - 1) * plain + gain * added
+
+
+def row_norms(weight: Tensor, adapter: Adapter) -> Tensor:
+    """|W + ΔW| of each row, (N,)."""
+    return torch.linalg.norm(weight + adapter.delta(), dim=1)
+
+
+class LoraEmbedding(Adapted):
+    """An embedding with adapters. A head tied to it reads the base's table: the adapter changes what goes in alone."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's table (V, D)."""
+        found: Tensor = self.base.weight  # type: ignore[assignment]
+        return found
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        def change(adapter: Adapter, rows: Sequence[int] | slice) -> Tensor:
+            return F.linear(F.embedding(tokens[rows], adapter.a.T), adapter.b) * adapter.scale
+
+        return self._add(self.base(tokens), change)
+
+
+class Retrained(nn.Module):
+    """A module some of whose parameters an adapter trains anew; the base keeps its own."""
+
+    def __init__(self, base: nn.Module, choice: Choice) -> None:
+        super().__init__()
+        self.base, self.choice = base, choice
+        self.adapters = nn.ModuleDict()  # name -> ParameterDict of the base's parameter names
+
+    def own(self, name: str, parameters: Sequence[str]) -> None:
+        """Give adapter `name` copies of these parameters to train."""
+        own = nn.ParameterDict()
+        for each in parameters:
+            x = getattr(self.base, each).detach()
+            own[each] = nn.Parameter(x.to(torch.promote_types(x.dtype, torch.float32)).clone())
+        self.adapters[name] = own
+
+    def _replaced(self) -> dict[str, Tensor]:
+        """The parameters of the active adapter that has its own, in the base's format."""
+        if self.choice.rows is not None and any(name in self.adapters for name in self.choice.rows if name is not None):
+            raise ValueError("an adapter with retrained modules cannot be chosen for single rows of a batch")
+        found: dict[str, Tensor] = {}
+        for name in self.choice.names():
+            if self.choice.rows is None and name in self.adapters:
+                own: Any = self.adapters[name]
+                found |= {key: value.to(getattr(self.base, key).dtype) for key, value in own.items()}
+        return found
+
+    def forward(self, *inputs: Any) -> Any:
+        replaced = self._replaced()
+        return functional_call(self.base, replaced, inputs) if replaced else self.base(*inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What it is asked for and has not itself (weight, bias, eps ...), the base has."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            replaced = self._replaced()
+            return replaced[name] if name in replaced else getattr(self._modules["base"], name)
+
+
+def float_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """W of a linear or table in floating point, (N, K); dequantised where it is quantised."""
+    if isinstance(base, Retrained):
+        base = base.base
+    layer: Any = base
+    weight: Tensor = layer.dequantised(dtype) if hasattr(layer, "dequantised") else layer.weight.detach().to(dtype)
+    return weight

@@ -1,0 +1,262 @@
+"""Adapters on disk as peft writes them, both ways.
+
+    adapter_config.json          minillm.lora.peft_config
+    adapter_model.safetensors    base_model.model.<module>.lora_A.weight (R, K), .lora_B.weight (N, R), .lora_B.bias,
+                                 .lora_embedding_A, .lora_embedding_B, .lora_magnitude_vector (N,);
+                                 base_model.model.<module>.weight ... of retrained modules
+
+<module> is the name in the checkpoint's format, so the weight map that loads the model also loads its adapters; fused
+weights: `minillm.lora.fused`. How many rows of a fused A belong to whom is noted in the file's metadata, which peft
+does not read.
+
+Reading is strict, where peft would leave a key that fits nothing at random A and zero B: each tensor of the file has
+its place, and the other way round. Source: peft/utils/save_and_load.py, tuners/lora/layer.py (0.21).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from minillm.atomic import write_atomically
+from minillm.checkpoint.families import read_json
+from minillm.checkpoint.tensor_file import SafetensorsFile
+from minillm.checkpoint.weight_map import Rule
+from minillm.errors import CheckpointError, nearest
+from minillm.lora.fused import Factors, factors, join, split
+from minillm.lora.inject import activate, active, add, config_of, remove
+from minillm.lora.layer import Adapted, Adapter, LoraEmbedding, Retrained
+from minillm.lora.peft_config import from_peft, to_peft
+from minillm.lora.targets import rules_of
+from minillm.model import Decoder
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_RANKS = "minillm.ranks"  # metadata: module -> rows of A of each linear that is fused in it
+_DEFAULT_TARGETS = {"falcon": ("query_key_value",)}
+#: Part of `Factors` -> key after the module's name: of linears, of embeddings.
+_LINEAR_KEYS = {
+    "a": "lora_A.weight",
+    "b": "lora_B.weight",
+    "bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+}
+_EMBEDDING_KEYS = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
+
+
+class Site(NamedTuple):
+    """One weight of the format, the layers here that are in it, and their adapters; None: not adapted."""
+
+    rule: Rule
+    layers: list[nn.Module]
+    adapters: list[Adapter | None]
+
+    @property
+    def module(self) -> str:
+        """Its name in the format."""
+        return self.rule.theirs.removesuffix(".weight")
+
+    def keys(self) -> dict[str, str]:
+        """Part of `Factors` -> key in the file."""
+        first = next(each for each in self.adapters if each is not None)
+        kinds = _EMBEDDING_KEYS if isinstance(self.layers[0], LoraEmbedding) else _LINEAR_KEYS
+        return {
+            part: f"{_PREFIX}{self.module}.{key}" for part, key in kinds.items() if getattr(first, part) is not None
+        }
+
+
+class Slot(NamedTuple):
+    """One tensor of the format that is trained anew, and where its parts are: a dictionary of parameters and a key."""
+
+    rule: Rule
+    places: list[tuple[Any, str]]
+
+
+def save(model: Decoder, folder: str | os.PathLike[str], *, name: str = "default", base: str = "") -> None:
+    """Write an adapter as a folder that peft loads; base: the id or folder of the model it belongs to."""
+    config, folder = config_of(model, name), Path(folder)
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, float]] = {}  # module -> rank, alpha
+    ranks: dict[str, list[int]] = {}
+    for site in sites(model, name):
+        parts = [None if each is None else factors(each) for each in site.adapters]
+        whole, shared_out = join(site.rule, parts, [_rows(layer) for layer in site.layers])
+        tensors |= {key: getattr(whole, part) for part, key in site.keys().items()}
+        rank = len(whole.a)
+        shapes[site.module] = rank, whole.scale * (math.sqrt(rank) if config.rslora else rank)
+        ranks |= {site.module: shared_out} if shared_out else {}
+    for key, slot in slots(model, name).items():
+        tensors[key] = slot.rule.join([own[part].detach() for own, part in slot.places])
+    settings = to_peft(config, shapes, base=base, task="CAUSAL_LM" if model.config.head == "lm" else "SEQ_CLS")
+    metadata = {"format": "pt"} | ({_RANKS: json.dumps(ranks)} if ranks else {})
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    write_atomically(folder / WEIGHTS, safetensors_bytes(plain, metadata))
+    write_atomically(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def load(
+    model: Decoder, folder: str | os.PathLike[str], *, name: str = "default", trainable: bool = False
+) -> list[str]:
+    """Put an adapter that peft or `save` wrote onto the model, active; returns the names of the adapted modules.
+
+    trainable: go on training it. Raises CheckpointError naming fields, keys and shapes that do not fit; the model is
+    then what it was.
+    """
+    path, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
+    config = from_peft(read_json(path), str(path), _DEFAULT_TARGETS.get(model.config.family, ("q_proj", "v_proj")))
+    if not weights.is_file():
+        raise CheckpointError(f"{folder}: has no {WEIGHTS}; save the adapter as safetensors")
+    found, ranks = _read(weights)
+    before = active(model)
+    chosen = add(model, config, name=name)
+    try:
+        _fill(model, name, found, ranks, str(weights))
+    except BaseException:
+        remove(model, name)
+        if before:
+            activate(model, *before)
+        raise
+    if not trainable:
+        model.requires_grad_(False)
+    return chosen
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """All tensors, and the ranks of fused parts."""
+    file = SafetensorsFile(path)  # checks the header
+    try:
+        found = {key: file.read(key) for key in file.layout}
+    finally:
+        file.close()
+    with safe_open(path, "pt") as opened:
+        text = (opened.metadata() or {}).get(_RANKS, "{}")
+    try:
+        ranks = {str(key): [int(each) for each in value] for key, value in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: its metadata {_RANKS} are broken; save the adapter again") from None
+    return found, ranks
+
+
+def sites(model: Decoder, name: str) -> list[Site]:
+    """Where an adapter sits, weight by weight of the format."""
+    found = []
+    for rule in rules_of(model):
+        paths = [each.removesuffix(".weight") for each in rule.ours]
+        layers: list[Any] = [model.get_submodule(path) for path in paths if _exists(model, path)]
+        beside = [layer.adapters[name] if _has(layer, name) else None for layer in layers]
+        if any(beside):
+            found.append(Site(rule, layers, beside))
+    return found
+
+
+def _exists(model: nn.Module, path: str) -> bool:
+    """A tied head is in the map and no module."""
+    parent, _, leaf = path.rpartition(".")
+    return getattr(model.get_submodule(parent), leaf, None) is not None
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    return isinstance(layer, Adapted) and name in layer.adapters
+
+
+def _rows(layer: nn.Module) -> int:
+    """N of a linear, adapted or not."""
+    base: Any = layer.base if isinstance(layer, Adapted) else layer
+    return int((base.shape if hasattr(base, "dequantised") else base.weight.shape)[0])
+
+
+def slots(model: Decoder, name: str) -> dict[str, Slot]:
+    """Key in the file -> where the parameters of retrained modules are."""
+    from minillm.checkpoint.families import family_of
+
+    found = {}
+    for rule in family_of(model.config.family, "lora").weight_map(model.config).rules:
+        places = []
+        for path, _, part in (each.rpartition(".") for each in rule.ours):
+            layer: Any = model.get_submodule(path) if _exists(model, path) else None
+            inner = layer.base if isinstance(layer, Adapted) else layer
+            if isinstance(inner, Retrained) and name in inner.adapters and part in inner.adapters[name]:  # type: ignore[operator]
+                places.append((inner.adapters[name], part))
+        if len(places) == len(rule.ours):
+            module, _, part = rule.theirs.rpartition(".")
+            within = ".base_layer" if isinstance(layer, Adapted) else ""
+            found[f"{_PREFIX}{module}{within}.{part}"] = Slot(rule, places)
+    return found
+
+
+def _fill(
+    model: Decoder, name: str, found: Mapping[str, Tensor], ranks: Mapping[str, Sequence[int]], where: str
+) -> None:
+    """Give every part of the adapter its tensor; nothing may be left over on either side."""
+    here, anew = sites(model, name), slots(model, name)
+    wanted = [key for site in here for key in site.keys().values()] + list(anew)
+    left = [key for key in found if key not in wanted and not _is_table(key, found[key], here, where)]
+    missing = [key for key in wanted if key not in found]
+    if missing or left:
+        some = missing or left
+        raise CheckpointError(
+            f"{where}: {'lacks' if missing else 'holds'} {', '.join(some[:3])}{' ...' if len(some) > 3 else ''}"
+            f"{nearest(some[0], left if missing else wanted)}; adapter, its {CONFIG} and the model must belong together"
+        )
+    for site in here:
+        whole = Factors(**{part: found[key] for part, key in site.keys().items()}, scale=1.0)
+        _check(site, whole, ranks.get(site.module), where)
+        for adapter, part in zip(site.adapters, split(site.rule, whole, ranks.get(site.module)), strict=True):
+            if adapter is not None:
+                _place(adapter, part, is_shared=site.module not in ranks)
+    for key, slot in anew.items():
+        for (own, leaf), piece in zip(slot.places, slot.rule.split(found[key]), strict=True):
+            if piece.shape != own[leaf].shape:
+                raise CheckpointError(f"{where}: {key} has shape {tuple(found[key].shape)}; it is of another model")
+            own[leaf] = nn.Parameter(piece.to(own[leaf].dtype).clone())
+
+
+def _check(site: Site, whole: Factors, ranks: Sequence[int] | None, where: str) -> None:
+    """Shapes of the file against the model's."""
+    first = next(each for each in site.adapters if each is not None)
+    rank = first.rank if ranks is None else sum(ranks)
+    rows = sum(map(_rows, site.layers)) if not isinstance(site.layers[0], LoraEmbedding) else first.b.shape[0]
+    expected = {"a": (rank, first.a.shape[1]), "b": (rows, rank), "bias": (rows,), "magnitude": (rows,)}
+    for part, key in site.keys().items():
+        shape = tuple(getattr(whole, part).shape)
+        if shape != expected[part]:
+            raise CheckpointError(
+                f"{where}: {key} has shape {shape}, and the model asks for {expected[part]}; "
+                "the adapter belongs to another base model or rank"
+            )
+
+
+def _place(adapter: Adapter, part: Factors, *, is_shared: bool) -> None:
+    """Into the parameters that are there, as parts may share their A; else into parameters of their own."""
+    for attribute in ("a", "b", "bias", "magnitude"):
+        value, old = getattr(part, attribute), getattr(adapter, attribute)
+        if value is not None and is_shared:
+            with torch.no_grad():
+                old.copy_(value)
+        elif value is not None:
+            setattr(adapter, attribute, nn.Parameter(value.to(old).contiguous().clone()))
+
+
+def _is_table(key: str, value: Tensor, here: Sequence[Site], where: str) -> bool:
+    """peft writes the base's own table beside an adapter on an embedding or the head; only an equal one is passed
+    over."""
+    for site in here:
+        layer: Any = site.layers[0]
+        is_table = site.rule.ours[0] in ("embed.weight", "lm_head.weight")
+        if is_table and key == f"{_PREFIX}{site.module}.base_layer.weight":
+            if value.shape != layer.weight.shape or not bool((value.to(layer.weight) == layer.weight).all()):
+                raise CheckpointError(
+                    f"{where}: {key} is another table than the model's; the adapter belongs to another base model"
+                )
+            return True
+    return False
