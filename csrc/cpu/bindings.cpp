@@ -31,6 +31,7 @@ void linear(Address x, int dtype, int64_t M, int64_t K, float threshold, const s
 
 }  // namespace
 
+void bind_adamw8(py::module_& m);     // bind_adamw8.cpp
 void bind_attention(py::module_& m);  // bind_attention.cpp
 void bind_block(py::module_& m);      // bind_block.cpp
 void bind_nf4(py::module_& m);        // bind_nf4.cpp
@@ -71,6 +72,7 @@ PYBIND11_MODULE(_cpu, m) {
         },
         NoGil());
 
+    bind_adamw8(m);
     bind_attention(m);
     bind_nf4(m);
     bind_step(m);

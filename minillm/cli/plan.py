@@ -49,7 +49,7 @@ class Plan(Checkpoint):
     train: bool = False
     """Plan a training step instead of an answer."""
     optimizer: Optimizer = "adamw"
-    """What moves the weights; adamw8bit keeps its moments in 8 bits."""
+    """What moves the weights; adamw8 keeps its moments in 8 bits."""
     checkpointing: bool = False
     """Keep only each layer's input for the backward pass, and compute the layer again."""
     accumulate: bool = False

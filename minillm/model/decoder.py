@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minillm.config import DecoderConfig
 from minillm.errors import InputError
@@ -47,6 +48,8 @@ class Decoder(nn.Module):
             self.lm_head = None
         else:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        #: Whether training keeps only the blocks' inputs and computes the rest again backward (arXiv 1604.06174).
+        self.recompute = False
         #: What the checkpoint's generation_config.json says; `minillm.generate` starts from it.
         self.generation_defaults: Mapping[str, object] = {}
 
@@ -69,7 +72,10 @@ class Decoder(nn.Module):
         rotation = None if self.rotary is None else self.rotary(positions[:, past:], x.dtype)
         mask = self._mask(keep, positions, queries, x.dtype)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, mask, None if cache is None else cache.layer(layer))
+            if self.recompute and self.training and cache is None:
+                x = checkpoint(block, x, rotation, mask, None, use_reentrant=False)
+            else:
+                x = block(x, rotation, mask, None if cache is None else cache.layer(layer))
         if cache is not None:
             cache.advance(queries)
         return self.norm(x)

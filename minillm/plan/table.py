@@ -59,7 +59,7 @@ def _headline(config: DecoderConfig, use: Use) -> str:
 def _notes(config: DecoderConfig, use: Use, found: Plan) -> dict[str, str]:
     """How each part comes about, in a few words; the formulas are in `minillm.plan`."""
     form = use.dtype if use.quantize == "none" else f"{use.quantize}, the rest {use.dtype}"
-    optimizers = {"adamw": "AdamW: two moments, as wide as the gradients", "adamw8bit": "AdamW: two moments of 8 bits"}
+    optimizers = {"adamw": "AdamW: two moments, as wide as the gradients", "adamw8": "AdamW: two moments of 8 bits"}
     if not use.train:
         activations = "the widest operation of one layer"
     elif use.checkpointing:
@@ -97,7 +97,7 @@ def _changes(use: Use) -> Iterator[tuple[str, Use]]:
     """Single changes that save memory, those that cost least first."""
     if use.train:
         yield "--checkpointing", replace(use, checkpointing=True)
-        yield "--optimizer adamw8bit", replace(use, optimizer="adamw8bit")
+        yield "--optimizer adamw8", replace(use, optimizer="adamw8")
         if use.full:
             yield "--lora-rank 16", replace(use, lora_rank=16)
     if use.quantize == "none":

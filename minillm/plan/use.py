@@ -11,7 +11,7 @@ from minillm.errors import InputError, nearest
 
 Quantize = Literal["none", "int8", "nf4"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Optimizer = Literal["adamw", "adamw8bit"]
+Optimizer = Literal["adamw", "adamw8"]
 
 BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 ALL_LINEAR = "all-linear"

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from minillm.data.batches import Batch
 from minillm.errors import InputError, NumericsError
 from minillm.losses import count_targets, next_token_loss
 
@@ -32,18 +33,20 @@ def autocast(device: torch.device | str, precision: Precision) -> torch.autocast
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def accumulate(model: nn.Module, batches: Sequence[Tensor], *, precision: Precision = "float32") -> float:
+def accumulate(model: nn.Module, batches: Sequence[Tensor | Batch], *, precision: Precision = "float32") -> float:
     """Add the gradients of `next_token_loss` over all batches together; returns that loss.
 
-    batches: (B_i, T_i) int64 each. Every token weighs the same however it is batched: one batch of 8 rows, or 8 of one,
-    give the same gradient. Raises NumericsError where the loss is not finite, before any weight is touched.
+    batches: (B_i, T_i) int64 each, every token a target; or `Batch`es, which say what is padding and what is taught.
+    Every token weighs the same however it is batched: one batch of 8 rows, or 8 of one, give the same gradient. Raises
+    NumericsError where the loss is not finite, before any weight is touched.
     """
-    total = sum(int(count_targets(tokens)) for tokens in batches)
+    parts = [(x.tokens, x.keep, x.taught) if isinstance(x, Batch) else (x, None, None) for x in batches]
+    total = sum(int(count_targets(tokens, taught)) for tokens, _, taught in parts)
     loss = 0.0
-    for tokens in batches:
+    for tokens, keep, taught in parts:
         with autocast(tokens.device, precision):
-            logits = model(tokens)
-        part = next_token_loss(logits, tokens, total=total)
+            logits = model(tokens) if keep is None or bool(keep.all()) else model(tokens, keep=keep)
+        part = next_token_loss(logits, tokens, taught, total=total)
         part.backward()
         loss += part.item()
     if not abs(loss) < float("inf"):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from minillm.training.adamw8 import AdamW8
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: the matrices of linear layers decay, all others do not.
@@ -47,10 +49,28 @@ def adamw(
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=betas, eps=eps, fused=True)
 
 
+def make_optimizer(
+    model: nn.Module, kind: str, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """"adamw", torch's, or "adamw8", whose moments are kept in 8 bits (`minillm.training.adamw8`)."""
+    if kind == "adamw":
+        return adamw(model, learning_rate=learning_rate, weight_decay=weight_decay, betas=betas)
+    return AdamW8(parameter_groups(model, weight_decay), lr=learning_rate, betas=betas)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """The same rate for every group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def warmup_linear(done: float, *, warmup: float) -> float:
+    """The same with a straight fall to 0, as transformers' "linear".
+
+    >>> [warmup_linear(done, warmup=0.2) for done in (0.0, 0.1, 0.2, 0.6, 1.0)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    return done / warmup if done < warmup else (1 - done) / (1 - warmup) if warmup < 1 else 0.0
 
 
 def warmup_cosine(done: float, *, warmup: float, floor: float = 0.0) -> float:

@@ -1,7 +1,7 @@
 """The folder that a run writes to, and whether a run may.
 
-    config.json          a finished model lies here (`minillm.save` writes it last)
-    state.safetensors    an unfinished run lies here
+    config.json, adapter_config.json     a finished model or adapter lies here (written last)
+    state.safetensors                    an unfinished run lies here
 
 A run never touches an earlier one unless it is told to continue it or to start anew.
 """
@@ -23,7 +23,7 @@ from minillm.data.tokenizer import Tokenizer
 from minillm.errors import CheckpointError, InputError
 from minillm.model import Decoder
 
-FINISHED = "config.json"
+FINISHED = ("config.json", "adapter_config.json")
 STATE = "state.safetensors"
 
 #: Fields that may differ between a run and its continuation: they change where it goes, not what it computes.
@@ -32,19 +32,20 @@ _FREE = ("output", "resume", "overwrite")
 
 def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Make `folder` ready for a run. Raises InputError where it holds one that neither flag says what to do with."""
-    finished, state = folder / FINISHED, folder / STATE
+    finished, state = [folder / name for name in FINISHED], folder / STATE
+    is_finished = any(file.is_file() for file in finished)
     if resume and not state.is_file():
-        reason = "a finished run" if finished.is_file() else "no unfinished run"
+        reason = "a finished run" if is_finished else "no unfinished run"
         raise InputError(f"{folder}: holds {reason}, so there is nothing to resume; leave --resume out")
     if not (resume or overwrite) and state.is_file():
         raise InputError(f"{folder}: holds an unfinished run; give --resume to go on, --overwrite to start anew")
-    if not (resume or overwrite) and finished.is_file():
+    if not (resume or overwrite) and is_finished:
         raise InputError(f"{folder}: holds a finished run; give --overwrite to start anew, or another --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:
-            finished.unlink(missing_ok=True)
-            state.unlink(missing_ok=True)
+            for file in (*finished, state):
+                file.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); give another --output") from error
 

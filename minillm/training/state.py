@@ -1,6 +1,6 @@
 """Everything a run needs to go on as if it had never stopped, in one safetensors file.
 
-    model.<name>                   every parameter
+    model.<name>                   every parameter that is trained; frozen ones are the base's, which the recipe names
     optimizer.<name>.<moment>      what the optimizer keeps for it: exp_avg, exp_avg_sq, step
     random                         torch's global random state (dropout, sampling)
     metadata "progress"            JSON: step, seconds, history, recipe ... whatever the caller hands over
@@ -61,7 +61,7 @@ def load_state(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.
     progress = read_progress(path)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping, has only keys())
-    parameters = dict(model.named_parameters())
+    parameters = _trained(model)
     _check_same(Path(path), tensors, parameters)
     for name, parameter in parameters.items():
         parameter.copy_(tensors[f"model.{name}"])
@@ -75,11 +75,15 @@ def load_state(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {"random": torch.get_rng_state()}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model).items():
         tensors[f"model.{name}"] = parameter
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _check_same(path: Path, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:

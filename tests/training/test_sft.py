@@ -1,0 +1,225 @@
+"""The script end to end on a tiny checkpoint: every method, stop and continue, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import minillm
+from minillm import lora
+from minillm.data.batches import Batches, collate
+from minillm.data.examples import make_examples
+from minillm.data.records import read_records
+from minillm.errors import CheckpointError, InputError
+from minillm.training.loop import accumulate
+from minillm.training.progress import Progress
+from minillm.training.recipe import Interrupted
+from scripts import sft
+from scripts.sft import Sft, main
+from tests import tiny_checkpoint
+from tests.error import assert_near
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Sft:
+    """Eight steps of rank 4 on forty sums, answers of unequal length."""
+    tiny_checkpoint.write(tmp_path / "base")
+    rows = [{"prompt": f"{a} + {b} =", "completion": " " + "I" * (a + b)} for a in range(8) for b in range(5)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Sft(
+        model=str(tmp_path / "base"), data=(tmp_path / "sums.jsonl",), output=tmp_path / "out", steps=8, batch=5,
+        micro_batch=2, rank=4, learning_rate=1e-2, held_out=0.2, evaluations=2, patience=9,
+    )  # fmt: skip
+
+
+def adapter(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a step, as the signal would come."""
+    plain = Progress.update
+
+    def update(self: Progress, done: float, **seen: Any) -> None:
+        plain(self, done, **seen)
+        if done == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Progress, "update", update)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {}, {"quantize": "int8"}, {"quantize": "nf4"}, {"dora": True, "rslora": True, "dropout": 0.1},
+        {"recompute": True}, {"optimizer": "adamw8"}, {"precision": "bfloat16"}, {"dtype": "bfloat16"},
+        {"init": "pissa"}, {"targets": ("q_proj", "v_proj"), "schedule": "cosine"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_adapters_learn(fields: dict[str, Any], recipe: Sft) -> None:
+    recipe = replace(recipe, **fields)
+    result = main(recipe)
+    assert result["steps"] == 8 and result["held_out"] < 0.9 * result["held_out_before"]
+    assert sorted(path.name for path in recipe.output.iterdir()) == [
+        *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "curve.png"),
+        *("tokenizer.json", "tokenizer_config.json", "training.json"),
+    ]
+    assert [step for step, _ in json.loads((recipe.output / "training.json").read_text())["evaluated"]] == [0, 4, 8]
+    model = minillm.load_model(recipe.model, dtype=None if recipe.dtype == "auto" else recipe.dtype)
+    base = model(torch.tensor([[1, 2, 3]]))
+    lora.load(model, recipe.output)
+    assert not torch.equal(model(torch.tensor([[1, 2, 3]])), base)
+
+
+def test_all_weights_learn(recipe: Sft) -> None:
+    result = main(replace(recipe, method="full"))
+    assert result["held_out"] < 0.9 * result["held_out_before"]
+    assert result["trained"] == sum(x.numel() for x in minillm.load_model(recipe.output).parameters())
+
+
+@pytest.mark.parametrize(
+    "fields", [{"dropout": 0.2}, {"optimizer": "adamw8"}, {"method": "full"}, {"quantize": "int8"}], ids=str
+)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    fields: dict[str, Any], recipe: Sft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(recipe, **fields)
+    straight = replace(recipe, output=recipe.output.with_name("straight"))
+    main(straight)
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        with pytest.raises(Interrupted, match=r"step 3 is saved; go on with: .*--resume"):
+            main(recipe)
+    main(replace(recipe, resume=True))
+    name = "model.safetensors" if recipe.method == "full" else "adapter_model.safetensors"
+    assert (recipe.output / name).read_bytes() == (straight.output / name).read_bytes()
+    ours, theirs = (json.loads((each.output / "training.json").read_text()) for each in (recipe, straight))
+    assert ours["losses"] == theirs["losses"] and ours["evaluated"] == theirs["evaluated"]
+    assert not (recipe.output / "state.safetensors").exists()
+
+
+def test_gradients_do_not_depend_on_how_rows_are_batched(recipe: Sft) -> None:
+    """8 = 8 x 1 = 3 + 5, with rows of unequal length."""
+    model, tokenizer = sft.make_model(replace(recipe, dropout=0.0))
+    examples, _ = make_examples(read_records(recipe.data), tokenizer, context=64)
+    rows = Batches(examples, size=8, seed=0).rows(0)
+    assert len({len(example) for row in rows for example in row}) > 1
+    found = []
+    for cuts in ([8], [1] * 8, [3, 5]):
+        parts, begin = [], 0
+        for size in cuts:
+            parts.append(collate(rows[begin : begin + size], pad_id=7))
+            begin += size
+        accumulate(model, parts)
+        found.append({name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None})
+        model.zero_grad()
+    for name, gradient in found[0].items():
+        if ".b" in name or float(gradient.abs().max()):
+            for other in found[1:]:
+                assert_near(other[name], gradient, 1e-6, name)
+
+
+def test_recomputing_gives_every_adapter_its_gradient(recipe: Sft) -> None:
+    found = []
+    for recompute in (False, True):
+        model, tokenizer = sft.make_model(replace(recipe, recompute=recompute))
+        examples, _ = make_examples(read_records(recipe.data), tokenizer, context=64)
+        accumulate(model, [collate(Batches(examples, size=4, seed=0).rows(0))])
+        found.append({name: x.grad for name, x in model.named_parameters() if x.requires_grad})
+    assert all(x is not None and float(x.abs().max()) > 0 for name, x in found[1].items() if name.endswith(".b"))
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+
+
+def test_learning_by_heart_ends_the_run(recipe: Sft) -> None:
+    result = main(replace(recipe, learning_rate=0.5, steps=40, evaluations=20, patience=2, warmup=0.0))
+    assert result["ended_early"] and result["steps"] < 40
+
+
+@pytest.mark.oracle
+def test_the_losses_of_transformers_and_peft(recipe: Sft) -> None:
+    """Ten steps of the same batches, in fp32, with torch's AdamW and a linear fall: the same losses to 1e-5."""
+    import warnings
+
+    import peft
+    import transformers
+
+    recipe = replace(recipe, steps=10, micro_batch=None, held_out=0.0)
+    model, tokenizer = sft.make_model(recipe)
+    lora.save(model, recipe.output / "start")
+    main(recipe)
+    ours = json.loads((recipe.output / "training.json").read_text())["losses"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = transformers.AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
+        theirs = peft.PeftModel.from_pretrained(base, recipe.output / "start", is_trainable=True).train()
+    trained = [x for x in theirs.parameters() if x.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.01)
+    examples, _ = make_examples(read_records(recipe.data), tokenizer, context=128)
+    batches, losses = Batches(examples, size=recipe.batch, seed=recipe.seed), []
+    for step in range(10):
+        batch = batches.batch(step)
+        labels = batch.tokens.masked_fill(~batch.taught, -100)
+        loss = theirs(input_ids=batch.tokens, attention_mask=batch.keep.long(), labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        done = (step + 0.5) / 10
+        optimizer.param_groups[0]["lr"] = 1e-2 * (done / 0.05 if done < 0.05 else (1 - done) / 0.95)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert ours == pytest.approx(losses, abs=1e-5)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"targets": ("q_porj",)}, r"fits no layer of this model \(nearest: q_proj"),
+        ({"data": (Path("nowhere.jsonl"),)}, "nowhere.jsonl"),
+        ({"context": 4}, "nothing to learn from: 0 of 40 records are used; 40 cannot be"),
+        ({"format": "chat"}, "nothing to learn from"),
+        ({"model": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(fields: dict[str, Any], words: str, recipe: Sft) -> None:
+    with pytest.raises((InputError, CheckpointError), match=words):
+        main(replace(recipe, **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"method": "full", "quantize": "int8"}, "weights in int8 cannot be trained"),
+        ({"steps": 3, "minutes": 1.0}, "in steps or in minutes, not in both"),
+        ({"batch": 0}, "batch is 0"),
+        ({"held_out": 1.0}, "held_out is 1.0"),
+    ],
+)
+def test_choices_that_make_no_sense(fields: dict[str, Any], words: str, recipe: Sft) -> None:
+    with pytest.raises(InputError, match=words):
+        replace(recipe, **fields)
+
+
+def test_a_continued_run_is_the_same_run(recipe: Sft, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(2, patch)
+        main(recipe)
+    with pytest.raises(InputError, match="holds an unfinished run"):
+        main(recipe)
+    with pytest.raises(InputError, match="rank is 8, the run began with 4"):
+        main(replace(recipe, resume=True, rank=8))
+    recipe.data[0].write_text(recipe.data[0].read_text().replace("7 + 4", "7 - 4"))
+    with pytest.raises(InputError, match="examples have changed"):
+        main(replace(recipe, resume=True))
