@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minillm.config import DecoderConfig
 from minillm.model.linear import make_linear, project
-from minillm.ops import block
+from minillm.ops import block, lean
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,  # x * sigmoid(x)
@@ -44,6 +44,8 @@ class GatedMLP(nn.Module):
         """act(gate) * up, both (B, T, F)."""
         if self.activation is F.silu and block.few_rows(gate):
             return block.swiglu(gate, up)
+        if self.activation is F.silu and gate.dtype == up.dtype and lean.wanted(gate, up):
+            return lean.swiglu(gate, up)
         activated = self.activation(gate)
         # without gradients the product takes the place of what only it reads: fresh pages cost as much as the product
         return activated * up if torch.is_grad_enabled() else activated.mul_(up)

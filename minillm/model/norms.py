@@ -5,7 +5,8 @@
 
 The statistics are taken in at least fp32 whatever the dtype of x. RMSNorm rounds the normalised x back to x's dtype
 *before* the product with w, as Llama does: in bf16 the other order gives other bits. A few rows, as in decoding, go
-through one native call; many through torch, whose sums have the order that other libraries' have, bit for bit.
+through one native call; many through torch, whose sums have the order that other libraries' have, bit for bit; and
+training through the same with a backward pass written by hand (`minillm.ops.lean`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import DecoderConfig
-from minillm.ops import block
+from minillm.ops import block, lean
 
 
 class RMSNorm(nn.Module):
@@ -27,6 +28,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if lean.wanted(x, self.weight):
+            return lean.rms_norm(x, self.weight, self.eps)
         return block.rms_norm(x, self.weight, self.eps) if block.few_rows(x) else self.in_torch(x)
 
     def in_torch(self, x: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def few_rows(x: Tensor, most: int = FEW_ROWS) -> bool:
 
 def streams(x: Tensor) -> bool:
     """Whether `linear` is the fastest for this input."""
-    return few_rows(x, streamed_rows(x.dtype))
+    return fast(x) and few_rows(x, streamed_rows(x.dtype))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, isa: str | None = None) -> Tensor:

@@ -3,16 +3,16 @@
 Kept for the backward pass, by one block, in numbers a token (D, H, G, E, F as in `minillm.model`); each line is what
 one operation of the model's code saves, and a tensor that two of them save counts once:
 
-    RMSNorm       D x · D normalised · D out, the linears' input            + 1 of 4 bytes
-                  in bf16, x is kept as fp32: the copy that the statistics were taken of
+    RMSNorm       D x · D out, the linears' input                           + 1 of 4 bytes
     LayerNorm     D x · D out                                               + 2
     attention     H E q · G E k · G E v, after rotation · H E out           + H of 4 bytes (log-sum-exp)
                   a fused kernel: no (T, T) scores; but ALiBi's mask, H T T once for all blocks
-    gated mlp     F gate · F act(gate) · F up · F product                   relu: no gate
+    gated mlp     F gate · F up · F product                                 but for silu: F act(gate); relu: no gate
     plain mlp     F up · F act(up)                                          relu: no up
 
-A sequential block has two norms, a parallel one or two that share x. So Llama in fp32: 6 D + 2 H E + 2 G E + 4 F, and
-Falcon-7B: 2 D + 2 H E + 2 G E + 2 F.
+RMSNorm and SwiGLU keep so little as their backward passes are written by hand (`minillm.ops.lean`). A sequential block
+has two norms, a parallel one or two that share x. So Llama: 4 D + 2 H E + 2 G E + 3 F, and Falcon-7B: 2 D + 2 H E +
+2 G E + 2 F.
 
 Where only adapters are trained, a frozen linear keeps no input. An adapter keeps its input in fp32 (the linear's own
 where that is fp32 already) and R numbers between A and B; what comes before the first one of all keeps nothing.
@@ -47,15 +47,12 @@ class _Tape:
         return live or self.use.full or name in self.targets
 
     def norm(self, name: str, source: str, live: bool) -> bool:
-        width = self.config.hidden_size
+        if live:
+            self.keep(source, self.config.hidden_size)
         if live and self.config.norm == "layer":
-            self.keep(source, width)
             self.keep(f"{name}.statistics", 2)
         elif live:
-            self.keep(source if self.use.number == 4 else f"{name}.wide", width, bytes_each=4)
             self.keep(f"{name}.statistics", 1, bytes_each=4)
-            if self.use.full:
-                self.keep(f"{name}.unit", width)
         return live
 
     def attention(self, source: str, live: bool) -> bool:
@@ -73,7 +70,7 @@ class _Tape:
     def mlp(self, source: str, live: bool) -> bool:
         config = self.config
         width, inner = config.hidden_size, config.ffn_size
-        first = "gate" if config.mlp == "gated" else "up"
+        first, by_hand = "gate" if config.mlp == "gated" else "up", config.activation == "silu"
         live_first = self.linear(f"{first}_proj", source, width, live)
         if live_first:  # relu's gradient needs its result, those of the others their input
             self.keep("activated" if config.activation == "relu" else first, inner)
@@ -81,7 +78,7 @@ class _Tape:
             return self.linear("down_proj", "activated", inner, live_first)
         live_up = self.linear("up_proj", source, width, live)
         if live_up:
-            self.keep("activated", inner)
+            self.keep("gate" if by_hand else "activated", inner)
         if live_first:
             self.keep("up", inner)
         return self.linear("down_proj", "product", inner, live_first or live_up)

@@ -52,7 +52,7 @@ def adamw(
 def make_optimizer(
     model: nn.Module, kind: str, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
-    """"adamw", torch's, or "adamw8", whose moments are kept in 8 bits (`minillm.training.adamw8`)."""
+    """ "adamw", torch's, or "adamw8", whose moments are kept in 8 bits (`minillm.training.adamw8`)."""
     if kind == "adamw":
         return adamw(model, learning_rate=learning_rate, weight_decay=weight_decay, betas=betas)
     return AdamW8(parameter_groups(model, weight_decay), lr=learning_rate, betas=betas)
