@@ -1,4 +1,4 @@
-"""The `minillm` command: generate, chat, info, plan, quantize, verify, outliers, doctor.
+"""The `minillm` command: generate, chat, info, plan, quantize, adapter, verify, outliers, doctor.
 
 Each subcommand is a dataclass; its fields are the flags, the string under a field its help. An error that is the
 input's fault prints one line and exits with status 2; `--debug` shows where it was raised.
@@ -16,6 +16,7 @@ import torch
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, PositionalMetavarFromFieldName, subcommand
 
+from minillm.cli.adapter import Adapter
 from minillm.cli.examine import Doctor, Info, Verify
 from minillm.cli.outliers import Outliers
 from minillm.cli.plan import Plan
@@ -32,6 +33,7 @@ Command = Union[  # noqa: UP007  # `|` cannot join Annotated on Python 3.10
     Annotated[Info, subcommand("info")],
     Annotated[Plan, subcommand("plan")],
     Annotated[Quantize, subcommand("quantize")],
+    Annotated[Adapter, subcommand("adapter")],
     Annotated[Verify, subcommand("verify")],
     Annotated[Outliers, subcommand("outliers")],
     Annotated[Doctor, subcommand("doctor")],

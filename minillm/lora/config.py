@@ -10,9 +10,10 @@ has the table.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 from minillm.errors import InputError, nearest
 
@@ -58,7 +59,7 @@ class LoraConfig:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise InputError(f"{what} is {rank!r}; give a whole number of at least 1")
         for name, value in (("alpha", self.alpha), *self.alpha_pattern.items()):
-            if not isinstance(value, int | float) or not math.isfinite(value):
+            if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
                 raise InputError(f"alpha of {name!r} is {value!r}; give a number")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout is {self.dropout!r}; give a number from 0 up to, but not, 1")
@@ -75,3 +76,13 @@ class LoraConfig:
         2.0
         """
         return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def settings(config: LoraConfig | None, fields: Mapping[str, Any]) -> LoraConfig:
+    """A config, or the default one, with some fields changed; lists may stand for tuples. InputError for others."""
+    known = LoraConfig.__dataclass_fields__
+    for name in fields:
+        if name not in known:
+            raise InputError(f"{name} is no setting of an adapter{nearest(name, known)}; have {', '.join(known)}")
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return replace(config or LoraConfig(), **plain)

@@ -10,15 +10,15 @@ join     one A where all linears have the same, else
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillm.checkpoint.weight_map import Rule
-from minillm.errors import InputError
-from minillm.lora.layer import Adapter
+from minillm.lora.layer import Adapter, float_weight, lengths, unwrapped
+from minillm.lora.sites import outputs
 
 
 @dataclass
@@ -41,14 +41,17 @@ def factors(adapter: Adapter) -> Factors:
     return Factors(a, b, adapter.scale, bias, magnitude)
 
 
-def join(rule: Rule, parts: Sequence[Factors | None], rows: Sequence[int]) -> tuple[Factors, list[int]]:
+def join(rule: Rule, parts: Sequence[Factors | None], layers: Sequence[nn.Module]) -> tuple[Factors, list[int]]:
     """The linears of one rule -> the adapter of their fused weight, and the rank of each part where A is not shared.
 
-    rows: N of each linear. None: not adapted; that is refused where bias or magnitude would have no place.
+    layers: the linears. None: not adapted, so that B and its bias are zero there and the magnitude is |W|.
     """
     given = [each for each in parts if each is not None]
-    first = given[0]
-    bias, magnitude = (_vectors(rule, parts, kind) for kind in ("bias", "magnitude"))
+    first, rows = given[0], [outputs(each) for each in layers]
+    scale = next((each.scale for each in given if each.scale), 1.0)
+    biases, magnitudes = ([None if x is None else getattr(x, kind) for x in parts] for kind in ("bias", "magnitude"))
+    bias = _vectors(rule, biases, lambda place: first.b.new_zeros(rows[place]))
+    magnitude = _vectors(rule, magnitudes, lambda place: lengths(float_weight(unwrapped(layers[place]), first.b.dtype)))
     if len(given) == len(parts) and all(each.scale == first.scale and torch.equal(each.a, first.a) for each in given):
         return Factors(first.a, rule.join([each.b for each in given]), first.scale, bias, magnitude), []
     ranks = [0 if each is None else len(each.a) for each in parts]
@@ -56,16 +59,15 @@ def join(rule: Rule, parts: Sequence[Factors | None], rows: Sequence[int]) -> tu
     for place, (part, own) in enumerate(zip(parts, wide, strict=True)):
         if part is not None:
             begin = sum(ranks[:place])
-            own[:, begin : begin + ranks[place]] = part.b * (part.scale / first.scale)
-    return Factors(torch.cat([each.a for each in given]), rule.join(wide), first.scale, bias, magnitude), ranks
+            own[:, begin : begin + ranks[place]] = part.b * (part.scale / scale)
+    return Factors(torch.cat([each.a for each in given]), rule.join(wide), scale, bias, magnitude), ranks
 
 
-def _vectors(rule: Rule, parts: Sequence[Factors | None], kind: str) -> Tensor | None:
-    found = [None if part is None else getattr(part, kind) for part in parts]
-    whole = [each for each in found if each is not None]
-    if whole and len(whole) < len(found):
-        raise InputError(f"{rule.theirs} is adapted in part, and {kind} is of the whole; adapt q, k and v alike")
-    return rule.join(whole) if whole else None
+def _vectors(rule: Rule, parts: Sequence[Tensor | None], rest: Callable[[int], Tensor]) -> Tensor | None:
+    """Those of the parts joined, with `rest` in the place of those that have none; None where none has any."""
+    if all(each is None for each in parts):
+        return None
+    return rule.join([rest(place) if each is None else each for place, each in enumerate(parts)])
 
 
 def split(rule: Rule, whole: Factors, ranks: Sequence[int] | None) -> list[Factors]:

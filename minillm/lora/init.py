@@ -15,13 +15,40 @@ On embeddings A is zero and B ~ N(0, 1), the other way round, as in peft: A is l
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minillm.errors import InputError
-from minillm.lora.config import Init
-from minillm.lora.layer import Adapter, float_weight
+from minillm.lora.config import Init, LoraConfig
+from minillm.lora.layer import Adapted, Adapter, LoraEmbedding, float_weight, row_norms
+
+
+def fresh(
+    layer: Adapted, rank: int, scale: float, config: LoraConfig, generator: torch.Generator | None = None
+) -> Adapter:
+    """An adapter for this layer, as it starts."""
+    base: Any = layer.base
+    table = isinstance(layer, LoraEmbedding)
+    shape = base.shape if hasattr(base, "dequantised") else base.weight.shape
+    outputs, inputs = (int(size) for size in (reversed(shape) if table else shape))
+    kind, device = base.weight.dtype, base.weight.device
+    dtype = torch.promote_types(kind, torch.float32) if kind.is_floating_point else torch.float32
+    a, b = torch.empty(rank, inputs, dtype=dtype, device=device), torch.empty(outputs, rank, dtype=dtype, device=device)
+    adapter = Adapter(a, b, scale=scale, dropout=0.0 if table else config.dropout).train(layer.training)
+    if table:
+        if config.dora:
+            raise InputError("dora is for linears; leave the embedding out of targets")
+        start_embedding(adapter, config.init, generator)
+        return adapter
+    start(adapter, base, config.init, generator)
+    if config.lora_bias:
+        adapter.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype, device=device))
+    if config.dora:
+        with torch.no_grad():
+            adapter.magnitude = nn.Parameter(row_norms(float_weight(base, dtype), adapter))
+    return adapter
 
 
 def start(adapter: Adapter, base: nn.Module, init: Init, generator: torch.Generator | None = None) -> None:

@@ -7,23 +7,32 @@
     remove(model, "a")                                              the last one leaves the model as it was
 
 The base is frozen and never changed. Layers are wrapped in place (`minillm.lora.layer`), so every kind of linear and
-every family takes adapters alike.
+every family takes adapters alike. A choice has to last until the backward pass is done where blocks are computed again
+for that (`Decoder.recompute`): they look at it again.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minillm.errors import InputError, nearest
-from minillm.lora.config import LoraConfig
-from minillm.lora.init import start, start_embedding
-from minillm.lora.layer import Adapted, Adapter, Choice, LoraEmbedding, LoraLinear, Retrained, float_weight, row_norms
+from minillm.lora.config import LoraConfig, settings
+from minillm.lora.init import fresh
+from minillm.lora.layer import (
+    Adapted,
+    Choice,
+    LoraEmbedding,
+    LoraLinear,
+    Retrained,
+    float_weight,
+    row_norms,
+    unwrapped,
+)  # fmt: skip
 from minillm.lora.targets import fused_targets, names, pattern_value, retrained, targets
 from minillm.model import Decoder
 
@@ -40,38 +49,47 @@ def add(
 
     config, or its fields by keyword; lists may stand for tuples. From then on this adapter alone is active and trained:
     every other parameter is frozen. generator: where random numbers come from. Raises InputError for a target that
-    fits nothing, a rank below 1, a name that is taken.
+    fits nothing, a rank below 1, a name that is taken; the model is then what it was.
     """
-    config = _config(config, fields)
-    if "." in name or not name:
-        raise InputError(f"an adapter cannot be called {name!r}; give a name without dots")
+    config = settings(config, fields)
+    if "." in name or not name or hasattr(nn.ModuleDict(), name):
+        raise InputError(f"an adapter cannot be called {name!r}; give a name without dots that torch does not use")
     if name in adapters(model):
         raise InputError(f"the model has an adapter {name!r} already; give another name or remove it first")
     chosen, anew = targets(model, config), retrained(model, config)
     if model.config.tied_embeddings and "embed" in anew:
         raise InputError("the embedding is tied to the head and cannot be retrained alone; take it out of retrain")
-    choice = _choice(model)
-    theirs = names(model)
-    for module in chosen:
-        _adapt(model, module, (module, theirs.get(module, module)), name, config, generator, choice)
-    for parts in fused_targets(model, config):
-        _share(model, parts, name, config)
-    for module in anew:
-        _retrain(model, module, name, [each for each, _ in model.get_submodule(module).named_parameters()], choice)
-    if config.biases != "none":
-        _retrain_biases(model, name, chosen, config.biases == "all", choice)
-    _configs(model)[name] = config
-    activate(model, name)
+    choice, theirs = _choice(model), names(model)
+    with or_as_before(model, name):
+        with disabled(model):  # what starts from a weight starts from the base's
+            for module in chosen:
+                _adapt(model, module, (module, theirs.get(module, module)), name, config, generator, choice)
+            for parts in fused_targets(model, config):
+                _share(model, parts, name, config)
+        for module in anew:
+            _retrain(model, module, name, None, choice)
+        if config.biases != "none":
+            _retrain_biases(model, name, chosen, config.biases == "all", choice)
+        _configs(model)[name] = config
+        activate(model, name)
     return chosen
 
 
-def _config(config: LoraConfig | None, fields: Mapping[str, Any]) -> LoraConfig:
-    known = LoraConfig.__dataclass_fields__
-    for field in fields:
-        if field not in known:
-            raise InputError(f"{field} is no setting of an adapter{nearest(field, known)}; have {', '.join(known)}")
-    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    return replace(config or LoraConfig(), **plain)
+@contextlib.contextmanager
+def or_as_before(model: nn.Module, name: str) -> Iterator[None]:
+    """Where what is done here fails, adapter `name` is off again, and chosen and trained is what was before."""
+    chosen, trained = _choice(model).active, [x for x in model.parameters() if x.requires_grad]
+    if not adapters(model):
+        model.__dict__["_lora_trained"] = [each for each, x in model.named_parameters() if x.requires_grad]
+    try:
+        yield
+    except BaseException:
+        _take_off(model, name)
+        _choice(model).active = chosen
+        model.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
 
 
 def _adapt(  # one call, one caller
@@ -85,7 +103,8 @@ def _adapt(  # one call, one caller
 ) -> None:
     layer = model.get_submodule(module)
     if not isinstance(layer, Adapted):
-        layer = _wrap(model, module, (LoraEmbedding if isinstance(layer, nn.Embedding) else LoraLinear)(layer, choice))
+        kind = LoraEmbedding if isinstance(unwrapped(layer), nn.Embedding) else LoraLinear
+        layer = _wrap(model, module, kind(layer, choice))
     rank = pattern_value(config.rank_pattern, called, config.rank)
     scale = config.scale(rank, pattern_value(config.alpha_pattern, called, config.alpha))
     layer.adapters[name] = fresh(layer, rank, scale, config, generator)
@@ -104,41 +123,19 @@ def _share(model: Decoder, parts: Sequence[str], name: str, config: LoraConfig) 
             own.magnitude = nn.Parameter(row_norms(float_weight(layer.base, own.a.dtype), own).detach())
 
 
-def fresh(
-    layer: Adapted, rank: int, scale: float, config: LoraConfig, generator: torch.Generator | None = None
-) -> Adapter:
-    """An adapter for this layer, as it starts."""
-    base: Any = layer.base
-    table = isinstance(layer, LoraEmbedding)
-    shape = base.shape if hasattr(base, "dequantised") else base.weight.shape
-    outputs, inputs = (int(size) for size in (reversed(shape) if table else shape))
-    kind, device = base.weight.dtype, base.weight.device
-    dtype = torch.promote_types(kind, torch.float32) if kind.is_floating_point else torch.float32
-    a, b = torch.empty(rank, inputs, dtype=dtype, device=device), torch.empty(outputs, rank, dtype=dtype, device=device)
-    adapter = Adapter(a, b, scale=scale, dropout=0.0 if table else config.dropout).train(layer.training)
-    if table:
-        if config.dora:
-            raise InputError("dora is for linears; leave the embedding out of targets")
-        start_embedding(adapter, config.init, generator)
-        return adapter
-    start(adapter, base, config.init, generator)
-    if config.lora_bias:
-        adapter.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype, device=device))
-    if config.dora:
-        with torch.no_grad():
-            adapter.magnitude = nn.Parameter(row_norms(float_weight(base, dtype), adapter))
-    return adapter
-
-
-def _retrain(model: Decoder, module: str, name: str, parameters: Sequence[str], choice: Choice) -> None:
-    layer = model.get_submodule(module)
+def _retrain(model: Decoder, module: str, name: str, parameters: Sequence[str] | None, choice: Choice) -> None:
+    """parameters: None means all of the module's."""
+    layer: Any = model.get_submodule(module)
     if isinstance(layer, Adapted):  # beneath the adapters: their base
         module, layer = f"{module}.base", layer.base
     if any(True for _ in layer.children()) and not isinstance(layer, Retrained):
         raise InputError(f"{module} has modules within and cannot be retrained as one; name those")
+    if parameters is None and hasattr(layer, "dequantised"):
+        raise InputError(f"{module} is quantised and cannot be retrained; leave it in floating point or adapt it")
     if not isinstance(layer, Retrained):
         layer = _wrap(model, module, Retrained(layer, choice))
-    layer.own(name, parameters)
+    if name not in layer.adapters:  # else all of it is retrained, its bias too
+        layer.own(name, [each for each, _ in layer.base.named_parameters()] if parameters is None else parameters)
 
 
 def _retrain_biases(model: Decoder, name: str, chosen: Sequence[str], everywhere: bool, choice: Choice) -> None:
@@ -161,11 +158,6 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Adapted | Retrained]]:
     yield from ((name, m) for name, m in model.named_modules() if isinstance(m, Adapted | Retrained))
 
 
-def active(model: nn.Module) -> tuple[str, ...]:
-    """The adapters that are added up now."""
-    return _choice(model).active
-
-
 def adapters(model: nn.Module) -> list[str]:
     """Names of the adapters on the model, in the order they came."""
     return list(_configs(model))
@@ -178,9 +170,12 @@ def config_of(model: nn.Module, name: str) -> LoraConfig:
 
 
 def activate(model: nn.Module, *chosen: str) -> None:
-    """Make these adapters the active ones, added up in this order; they are trained, all else is frozen."""
+    """Make these adapters the active ones, added up in this order; they are trained, all else is frozen.
+
+    Modules that several of them retrain are the last one's.
+    """
     _check(model, chosen)
-    _choice(model).active = chosen
+    _choice(model).active = tuple(dict.fromkeys(chosen))
     model.requires_grad_(False)
     for parameter in parameters(model, *chosen):
         parameter.requires_grad_(True)
@@ -211,8 +206,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def for_rows(model: nn.Module, chosen: Sequence[str | None]) -> Iterator[None]:
-    """While it lasts each row of the batch goes through the adapter named for it; None: the base alone."""
-    _check(model, [name for name in chosen if name is not None])
+    """While it lasts each row of the batch goes through the adapter named for it; None: the base alone.
+
+    InputError where one of them retrains modules: those are for whole batches.
+    """
+    named = [name for name in chosen if name is not None]
+    _check(model, named)
+    for path, layer in layers(model):
+        for name in named if isinstance(layer, Retrained) else ():
+            if name in layer.adapters:
+                raise InputError(f"adapter {name!r} retrains {path}, which cannot be for single rows; activate it")
     choice = _choice(model)
     before, choice.rows = choice.rows, tuple(chosen)
     try:
@@ -222,8 +225,22 @@ def for_rows(model: nn.Module, chosen: Sequence[str | None]) -> Iterator[None]:
 
 
 def remove(model: nn.Module, name: str) -> None:
-    """Take an adapter off; layers without any are what they were before."""
+    """Take an adapter off; layers without any are what they were before, and so is what is trained without adapters."""
     _check(model, [name])
+    _take_off(model, name)
+    if not _configs(model):
+        unfreeze(model)
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Have the parameters of the base trained again that were before the first adapter came."""
+    parameters = dict(model.named_parameters())
+    for name in model.__dict__.pop("_lora_trained", ()):
+        if name in parameters:
+            parameters[name].requires_grad_(True)
+
+
+def _take_off(model: nn.Module, name: str) -> None:
     choice = _choice(model)
     choice.active = tuple(each for each in choice.active if each != name)
     for path, layer in reversed(list(layers(model))):  # inner ones first
@@ -231,13 +248,13 @@ def remove(model: nn.Module, name: str) -> None:
             del layer.adapters[name]
         if not layer.adapters:
             _wrap(model, path, layer.base)
-    del _configs(model)[name]
+    _configs(model).pop(name, None)
 
 
 def _choice(model: nn.Module) -> Choice:
     """The one that all wrapped layers of the model share."""
-    found = next((layer.choice for _, layer in layers(model)), None)
-    return Choice() if found is None else found
+    found: Choice = model.__dict__.setdefault("_lora_choice", Choice())
+    return found
 
 
 def _configs(model: nn.Module) -> dict[str, LoraConfig]:
@@ -252,13 +269,3 @@ def _check(model: nn.Module, chosen: Sequence[str]) -> None:
         if name not in known:
             have = f"have {', '.join(known)}" if known else "it has none; add one first"
             raise InputError(f"the model has no adapter {name!r}{nearest(name, known)}; {have}")
-
-
-def snapshot(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The numbers of an adapter, by module and part: `blocks.0.attention.q_proj.a`."""
-    return {
-        f"{path}.{part}": parameter.detach()
-        for path, layer in layers(model)
-        if name in layer.adapters
-        for part, parameter in layer.adapters[name].named_parameters()
-    }

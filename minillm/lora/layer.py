@@ -45,7 +45,8 @@ class Choice:
 class Adapter(nn.Module):
     """A (R, K) and B (N, R) of one layer, with what goes with them; `forward` is s (B A drop(x) + b) (..., N)."""
 
-    start: tuple[Tensor, Tensor] | None
+    start_a: Tensor | None
+    start_b: Tensor | None
     bias: nn.Parameter | None
     magnitude: nn.Parameter | None
 
@@ -54,8 +55,8 @@ class Adapter(nn.Module):
         self.a, self.b, self.scale = nn.Parameter(a), nn.Parameter(b), scale
         self.dropout = nn.Dropout(dropout)
         self.bias = self.magnitude = None
-        self.register_buffer("start_a", None, persistent=False)
-        self.register_buffer("start_b", None, persistent=False)
+        self.register_buffer("start_a", None)  # in the state_dict: A and B say nothing without them
+        self.register_buffer("start_b", None)
 
     @property
     def rank(self) -> int:
@@ -69,14 +70,14 @@ class Adapter(nn.Module):
     def delta(self) -> Tensor:
         """ΔW = s (B A - B0 A0), (N, K)."""
         product = self.b @ self.a
-        if self.start_a is not None:
+        if self.start_a is not None and self.start_b is not None:
             product = product - self.start_b @ self.start_a
         return self.scale * product
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(x.to(self.a.dtype))
         y = F.linear(F.linear(x, self.a), self.b, self.bias)
-        if self.start_a is not None:
+        if self.start_a is not None and self.start_b is not None:
             y = y - F.linear(F.linear(x, self.start_a), self.start_b)
         return y * self.scale
 
@@ -153,14 +154,19 @@ class LoraLinear(Adapted):
         x = adapter.dropout(x.to(adapter.a.dtype)) if drops else x.to(adapter.a.dtype)
         plain = F.linear(x, weight) if drops else y if bias is None else y - bias
         added = F.linear(F.linear(x, adapter.a), adapter.b) * adapter.scale
-        if adapter.start_a is not None:
+        if adapter.start_a is not None and adapter.start_b is not None:
             added = added - F.linear(F.linear(x, adapter.start_a), adapter.start_b) * adapter.scale
         return (gain - 1) * plain + gain * added
 
 
 def row_norms(weight: Tensor, adapter: Adapter) -> Tensor:
     """|W + ΔW| of each row, (N,)."""
-    return torch.linalg.norm(weight + adapter.delta(), dim=1)
+    return lengths(weight + adapter.delta().to(weight.dtype))
+
+
+def lengths(weight: Tensor) -> Tensor:
+    """|w| of each row, (N,); never zero, as rows of a padded vocabulary are, and DoRA divides by it."""
+    return torch.linalg.norm(weight, dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 class LoraEmbedding(Adapted):
@@ -191,17 +197,15 @@ class Retrained(nn.Module):
         """Give adapter `name` copies of these parameters to train."""
         own = nn.ParameterDict()
         for each in parameters:
-            x = getattr(self.base, each).detach()
+            x = self.base.get_parameter(each).detach()
             own[each] = nn.Parameter(x.to(torch.promote_types(x.dtype, torch.float32)).clone())
-        self.adapters[name] = own
+        self.adapters[name] = own.train(self.training)
 
     def _replaced(self) -> dict[str, Tensor]:
-        """The parameters of the active adapter that has its own, in the base's format."""
-        if self.choice.rows is not None and any(name in self.adapters for name in self.choice.rows if name is not None):
-            raise ValueError("an adapter with retrained modules cannot be chosen for single rows of a batch")
+        """The parameters of the last active adapter that has its own, in the base's format. By row: the base's."""
         found: dict[str, Tensor] = {}
-        for name in self.choice.names():
-            if self.choice.rows is None and name in self.adapters:
+        for name in () if self.choice.rows is not None else self.choice.names():
+            if name in self.adapters:
                 own: Any = self.adapters[name]
                 found |= {key: value.to(getattr(self.base, key).dtype) for key, value in own.items()}
         return found
@@ -211,18 +215,25 @@ class Retrained(nn.Module):
         return functional_call(self.base, replaced, inputs) if replaced else self.base(*inputs)
 
     def __getattr__(self, name: str) -> Any:
-        """What it is asked for and has not itself (weight, bias, eps ...), the base has."""
+        """What it is asked for and has not itself (weight, bias, shape ...), the base has."""
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name == "native":  # a whole block in one call (`minillm.model.step`) would pass this layer over
+                raise
             replaced = self._replaced()
             return replaced[name] if name in replaced else getattr(self._modules["base"], name)
 
 
 def float_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """W of a linear or table in floating point, (N, K); dequantised where it is quantised."""
-    if isinstance(base, Retrained):
-        base = base.base
     layer: Any = base
     weight: Tensor = layer.dequantised(dtype) if hasattr(layer, "dequantised") else layer.weight.detach().to(dtype)
     return weight
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The layer of the model itself, beneath adapters and retrained parameters."""
+    while isinstance(module, Adapted | Retrained):
+        module = module.base
+    return module

@@ -8,7 +8,7 @@ and on request what it does to the logits.
 
 The model that is merged stays as it is, codes of a quantised base included; so there is nothing to unmerge. A quantised
 layer becomes a float one (quantise the result again if that is wanted: `minillm.quant.quantize_linears`). Weights that
-no adapter touches are shared between both models.
+no adapter touches are shared between both models: who goes on to train the new one takes a `copy.deepcopy` of it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from minillm.errors import InputError
-from minillm.lora.inject import _check, _configs, layers
-from minillm.lora.layer import Adapted, Adapter, LoraEmbedding, LoraLinear, Retrained, float_weight
+from minillm.lora.inject import _check, _configs, layers, unfreeze
+from minillm.lora.layer import Adapted, Adapter, LoraEmbedding, LoraLinear, Retrained, float_weight, lengths
 from minillm.model import Decoder
 from minillm.model.linear import Linear, make_linear
 
@@ -56,7 +56,7 @@ def merged(model: Decoder, *, dtype: torch.dtype | None = None, tokens: Tensor |
     if choice is None or not choice.names() or choice.rows is not None:
         raise InputError("no adapter is active for the whole batch; activate those that shall be merged")
     _check(model, choice.names())
-    memo: dict[int, object] = {id(x): nn.Parameter(x.detach(), x.is_floating_point()) for x in _bases(model)}
+    memo: dict[int, object] = {id(x): nn.Parameter(x.detach(), requires_grad=False) for x in _bases(model)}
     made = copy.deepcopy(model, memo)
     report: dict[str, LayerChange] = {}
     kind = dtype or model.embed.weight.dtype
@@ -65,7 +65,9 @@ def merged(model: Decoder, *, dtype: torch.dtype | None = None, tokens: Tensor |
         parent, _, leaf = name.rpartition(".")
         setattr(made.get_submodule(parent), leaf, plain)
     _configs(made).clear()
+    made.__dict__.pop("_lora_choice")
     made.eval()
+    unfreeze(made)
     if tokens is None:
         return Merged(made, report, None, None)
     difference = (_logits(model, tokens) - _logits(made, tokens)).abs()
@@ -126,7 +128,7 @@ def merged_weight(weight: Tensor, layer: Adapted, active: list[Adapter]) -> Tens
             total = total + delta
         else:
             changed = weight + delta
-            gain = adapter.magnitude / torch.linalg.norm(changed, dim=1)
+            gain = adapter.magnitude / lengths(changed)
             total = total + (gain[:, None] * changed - weight)
     return total
 

@@ -12,7 +12,7 @@ empty it says nothing. So is a field that nobody knows: it could change the math
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minillm.errors import CheckpointError, nearest
@@ -27,12 +27,13 @@ _READ = {
 #: Say nothing about the maths.
 _NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "revision",
-    "task_type", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "task_type", "qalora_group_size", "runtime_config", "ensure_weight_tying", "merge_weights",
 }  # fmt: skip
 #: Field -> what it asks for.
 _REFUSED = {
     "alora_invocation_tokens": "adapters that wait for tokens (aLoRA)",
     "arrow_config": "routing between adapters (Arrow)",
+    "enable_lora": "adapters of parts of a fused weight (peft before 0.3)",
     "corda_config": "a base changed at the start (CorDA)",
     "eva_config": "ranks from activations (EVA)",
     "fan_in_fan_out": "weights stored as (in, out)",
@@ -48,6 +49,15 @@ _REFUSED = {
     "use_qalora": "QA-LoRA",
     "velora_config": "VeLoRA",
 }
+#: Fields, their kinds, the kind of what is in a list, in words.
+_KINDS: tuple[tuple[set[str], tuple[type, ...], type, str], ...] = (
+    ({"target_modules", "exclude_modules"}, (str, list), str, "a text or a list of texts"),
+    ({"modules_to_save"}, (list,), str, "a list of texts"),
+    ({"layers_to_transform"}, (int, list), int, "a whole number or a list of them"),
+    ({"rank_pattern", "alpha_pattern"}, (dict,), str, "an object"),
+    ({"use_rslora", "use_dora", "lora_bias"}, (bool,), bool, "true or false"),
+    ({"lora_dropout"}, (int, float), float, "a number"),
+)
 #: init_lora_weights -> init. Those that are not here and leave the base alone only matter before training.
 _INITS: Mapping[Any, Init] = {
     True: "kaiming", False: "linear", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora",
@@ -69,25 +79,38 @@ def from_peft(raw: Mapping[str, Any], where: str, defaults: tuple[str, ...]) -> 
         raise CheckpointError(
             f"{where}: layers_pattern {raw['layers_pattern']!r} names no list of blocks of this model"
         )
-    targets, layers, exclude = raw.get("target_modules"), raw.get("layers_to_transform"), raw.get("exclude_modules")
-    if isinstance(targets, str) and layers is not None and targets != "all-linear":
+    given = {name: value for name, value in raw.items() if value is not None}
+    _check_kinds(given, where)
+    names = ("target_modules", "layers_to_transform", "exclude_modules")
+    targets, layers, exclude = (given.get(name) for name in names)
+    if isinstance(targets, str) and layers not in (None, []) and targets != "all-linear":
         raise CheckpointError(f"{where}: layers_to_transform needs target_modules as a list; peft refuses this too")
     return LoraConfig(
-        rank=raw.get("r", 8),
-        alpha=raw.get("lora_alpha", 8),
+        rank=given.get("r", 8),
+        alpha=given.get("lora_alpha", 8),
         targets=targets if isinstance(targets, str) else tuple(sorted(targets)) if targets else defaults,
         exclude=exclude if isinstance(exclude, str) else tuple(exclude or ()),
-        layers=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
-        dropout=raw.get("lora_dropout") or 0.0,
-        rslora=bool(raw.get("use_rslora")),
-        dora=bool(raw.get("use_dora")),
-        init=_init(raw.get("init_lora_weights", True), where),
-        rank_pattern=dict(raw.get("rank_pattern") or {}),
-        alpha_pattern=dict(raw.get("alpha_pattern") or {}),
-        lora_bias=bool(raw.get("lora_bias")),
-        biases=raw.get("bias", "none"),
-        retrain=tuple(raw.get("modules_to_save") or ()),
+        layers=None if layers in (None, []) else tuple([layers] if isinstance(layers, int) else layers),
+        dropout=given.get("lora_dropout", 0.0),
+        rslora=given.get("use_rslora", False),
+        dora=given.get("use_dora", False),
+        init=_init(given.get("init_lora_weights", True), where),
+        rank_pattern=given.get("rank_pattern", {}),
+        alpha_pattern=given.get("alpha_pattern", {}),
+        lora_bias=given.get("lora_bias", False),
+        biases=given.get("bias", "none"),
+        retrain=tuple(given.get("modules_to_save", ())),
     )
+
+
+def _check_kinds(given: Mapping[str, Any], where: str) -> None:
+    """JSON may hold anything; CheckpointError where a field is not of its kind."""
+    for names, kinds, within, what in _KINDS:
+        for name in names & given.keys():
+            value = given[name]
+            inner = value if isinstance(value, list) else ()
+            if not isinstance(value, kinds) or not all(type(each) is within for each in inner):
+                raise CheckpointError(f"{where}: {name} is {value!r:.100}; it must be {what}")
 
 
 def _init(value: Any, where: str) -> Init:
@@ -101,8 +124,10 @@ def _init(value: Any, where: str) -> Init:
     )
 
 
-def to_peft(config: LoraConfig, layers: Mapping[str, tuple[int, float]], *, base: str, task: str) -> dict[str, Any]:
-    """The settings for layers, by their names in the checkpoint's format, of these ranks and alphas.
+def to_peft(
+    config: LoraConfig, layers: Mapping[str, tuple[int, float]], retrain: Sequence[str], *, base: str, task: str
+) -> dict[str, Any]:
+    """The settings for layers, by their names in the checkpoint's format, of these ranks and alphas; retrain: so named.
 
     The commonest rank and alpha are the file's; what differs becomes a pattern of the full name.
     """
@@ -118,7 +143,7 @@ def to_peft(config: LoraConfig, layers: Mapping[str, tuple[int, float]], *, base
         "lora_alpha": alpha,
         "lora_bias": config.lora_bias,
         "lora_dropout": config.dropout,
-        "modules_to_save": list(config.retrain) or None,
+        "modules_to_save": list(retrain) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {name: each[0] for name, each in sorted(layers.items()) if each[0] != rank},

@@ -20,7 +20,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -30,55 +30,18 @@ from torch import Tensor, nn
 from minillm.atomic import write_atomically
 from minillm.checkpoint.families import read_json
 from minillm.checkpoint.tensor_file import SafetensorsFile
-from minillm.checkpoint.weight_map import Rule
-from minillm.errors import CheckpointError, nearest
+from minillm.errors import CheckpointError, InputError, nearest
+from minillm.lora.config import LoraConfig
 from minillm.lora.fused import Factors, factors, join, split
-from minillm.lora.inject import activate, active, add, config_of, remove
-from minillm.lora.layer import Adapted, Adapter, LoraEmbedding, Retrained
+from minillm.lora.inject import adapters, add, config_of, or_as_before
+from minillm.lora.layer import Adapter, LoraEmbedding
 from minillm.lora.peft_config import from_peft, to_peft
-from minillm.lora.targets import rules_of
+from minillm.lora.sites import PREFIX, Site, outputs, sites, slots
 from minillm.model import Decoder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _RANKS = "minillm.ranks"  # metadata: module -> rows of A of each linear that is fused in it
 _DEFAULT_TARGETS = {"falcon": ("query_key_value",)}
-#: Part of `Factors` -> key after the module's name: of linears, of embeddings.
-_LINEAR_KEYS = {
-    "a": "lora_A.weight",
-    "b": "lora_B.weight",
-    "bias": "lora_B.bias",
-    "magnitude": "lora_magnitude_vector",
-}
-_EMBEDDING_KEYS = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
-
-
-class Site(NamedTuple):
-    """One weight of the format, the layers here that are in it, and their adapters; None: not adapted."""
-
-    rule: Rule
-    layers: list[nn.Module]
-    adapters: list[Adapter | None]
-
-    @property
-    def module(self) -> str:
-        """Its name in the format."""
-        return self.rule.theirs.removesuffix(".weight")
-
-    def keys(self) -> dict[str, str]:
-        """Part of `Factors` -> key in the file."""
-        first = next(each for each in self.adapters if each is not None)
-        kinds = _EMBEDDING_KEYS if isinstance(self.layers[0], LoraEmbedding) else _LINEAR_KEYS
-        return {
-            part: f"{_PREFIX}{self.module}.{key}" for part, key in kinds.items() if getattr(first, part) is not None
-        }
-
-
-class Slot(NamedTuple):
-    """One tensor of the format that is trained anew, and where its parts are: a dictionary of parameters and a key."""
-
-    rule: Rule
-    places: list[tuple[Any, str]]
 
 
 def save(model: Decoder, folder: str | os.PathLike[str], *, name: str = "default", base: str = "") -> None:
@@ -89,14 +52,17 @@ def save(model: Decoder, folder: str | os.PathLike[str], *, name: str = "default
     ranks: dict[str, list[int]] = {}
     for site in sites(model, name):
         parts = [None if each is None else factors(each) for each in site.adapters]
-        whole, shared_out = join(site.rule, parts, [_rows(layer) for layer in site.layers])
+        whole, shared_out = join(site.rule, parts, site.layers)
         tensors |= {key: getattr(whole, part) for part, key in site.keys().items()}
         rank = len(whole.a)
         shapes[site.module] = rank, whole.scale * (math.sqrt(rank) if config.rslora else rank)
         ranks |= {site.module: shared_out} if shared_out else {}
-    for key, slot in slots(model, name).items():
+    anew = slots(model, name)
+    for key, slot in anew.items():
         tensors[key] = slot.rule.join([own[part].detach() for own, part in slot.places])
-    settings = to_peft(config, shapes, base=base, task="CAUSAL_LM" if model.config.head == "lm" else "SEQ_CLS")
+    retrain = sorted(key.removeprefix(PREFIX).removesuffix(".weight") for key in anew if key.endswith(".weight"))
+    task = "CAUSAL_LM" if model.config.head == "lm" else "SEQ_CLS"
+    settings = to_peft(config, shapes, retrain, base=base, task=task)
     metadata = {"format": "pt"} | ({_RANKS: json.dumps(ranks)} if ranks else {})
     folder.mkdir(parents=True, exist_ok=True)
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
@@ -109,89 +75,52 @@ def load(
 ) -> list[str]:
     """Put an adapter that peft or `save` wrote onto the model, active; returns the names of the adapted modules.
 
-    trainable: go on training it. Raises CheckpointError naming fields, keys and shapes that do not fit; the model is
-    then what it was.
+    trainable: go on training it; else all is frozen. Raises CheckpointError naming fields, keys and shapes that do not
+    fit, InputError for targets and patterns that do not; the model is then what it was.
     """
     path, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     config = from_peft(read_json(path), str(path), _DEFAULT_TARGETS.get(model.config.family, ("q_proj", "v_proj")))
     if not weights.is_file():
         raise CheckpointError(f"{folder}: has no {WEIGHTS}; save the adapter as safetensors")
-    found, ranks = _read(weights)
-    before = active(model)
-    chosen = add(model, config, name=name)
-    try:
+    found, ranks = read(weights)
+    _check_rank(config, found, str(weights))
+    if name in adapters(model):
+        raise InputError(f"the model has an adapter {name!r} already; give another name or remove it first")
+    with or_as_before(model, name):
+        chosen = add(model, config, name=name)
         _fill(model, name, found, ranks, str(weights))
-    except BaseException:
-        remove(model, name)
-        if before:
-            activate(model, *before)
-        raise
     if not trainable:
         model.requires_grad_(False)
     return chosen
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+def _check_rank(config: LoraConfig, found: Mapping[str, Tensor], where: str) -> None:
+    """Before memory is taken for it: no rank is larger than the largest side of any tensor."""
+    most = max((size for x in found.values() for size in x.shape), default=0)
+    rank = max([config.rank, *config.rank_pattern.values()])
+    if rank > most:
+        raise CheckpointError(f"{where}: has no tensor of rank {rank}; it and {CONFIG} do not belong together")
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     """All tensors, and the ranks of fused parts."""
     file = SafetensorsFile(path)  # checks the header
     try:
         found = {key: file.read(key) for key in file.layout}
     finally:
         file.close()
+    for key, value in found.items():
+        if not value.is_floating_point():
+            raise CheckpointError(f"{path}: {key} is {value.dtype}; adapters are in floating point, save it again")
     with safe_open(path, "pt") as opened:
         text = (opened.metadata() or {}).get(_RANKS, "{}")
     try:
         ranks = {str(key): [int(each) for each in value] for key, value in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError):
+        if any(each < 0 for value in ranks.values() for each in value):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(f"{path}: its metadata {_RANKS} are broken; save the adapter again") from None
     return found, ranks
-
-
-def sites(model: Decoder, name: str) -> list[Site]:
-    """Where an adapter sits, weight by weight of the format."""
-    found = []
-    for rule in rules_of(model):
-        paths = [each.removesuffix(".weight") for each in rule.ours]
-        layers: list[Any] = [model.get_submodule(path) for path in paths if _exists(model, path)]
-        beside = [layer.adapters[name] if _has(layer, name) else None for layer in layers]
-        if any(beside):
-            found.append(Site(rule, layers, beside))
-    return found
-
-
-def _exists(model: nn.Module, path: str) -> bool:
-    """A tied head is in the map and no module."""
-    parent, _, leaf = path.rpartition(".")
-    return getattr(model.get_submodule(parent), leaf, None) is not None
-
-
-def _has(layer: nn.Module, name: str) -> bool:
-    return isinstance(layer, Adapted) and name in layer.adapters
-
-
-def _rows(layer: nn.Module) -> int:
-    """N of a linear, adapted or not."""
-    base: Any = layer.base if isinstance(layer, Adapted) else layer
-    return int((base.shape if hasattr(base, "dequantised") else base.weight.shape)[0])
-
-
-def slots(model: Decoder, name: str) -> dict[str, Slot]:
-    """Key in the file -> where the parameters of retrained modules are."""
-    from minillm.checkpoint.families import family_of
-
-    found = {}
-    for rule in family_of(model.config.family, "lora").weight_map(model.config).rules:
-        places = []
-        for path, _, part in (each.rpartition(".") for each in rule.ours):
-            layer: Any = model.get_submodule(path) if _exists(model, path) else None
-            inner = layer.base if isinstance(layer, Adapted) else layer
-            if isinstance(inner, Retrained) and name in inner.adapters and part in inner.adapters[name]:  # type: ignore[operator]
-                places.append((inner.adapters[name], part))
-        if len(places) == len(rule.ours):
-            module, _, part = rule.theirs.rpartition(".")
-            within = ".base_layer" if isinstance(layer, Adapted) else ""
-            found[f"{_PREFIX}{module}{within}.{part}"] = Slot(rule, places)
-    return found
 
 
 def _fill(
@@ -215,17 +144,23 @@ def _fill(
             if adapter is not None:
                 _place(adapter, part, is_shared=site.module not in ranks)
     for key, slot in anew.items():
+        if not slot.is_whole:
+            raise CheckpointError(f"{where}: {key} is of more than its {CONFIG} retrains; name the whole there")
+        expected = [tuple(own[leaf].shape) for own, leaf in slot.places]
+        whole_shape = (sum(shape[0] for shape in expected), *expected[0][1:])
+        if tuple(found[key].shape) != whole_shape:
+            raise CheckpointError(f"{where}: {key} has shape {tuple(found[key].shape)}; it is of another model")
         for (own, leaf), piece in zip(slot.places, slot.rule.split(found[key]), strict=True):
-            if piece.shape != own[leaf].shape:
-                raise CheckpointError(f"{where}: {key} has shape {tuple(found[key].shape)}; it is of another model")
             own[leaf] = nn.Parameter(piece.to(own[leaf].dtype).clone())
 
 
 def _check(site: Site, whole: Factors, ranks: Sequence[int] | None, where: str) -> None:
     """Shapes of the file against the model's."""
     first = next(each for each in site.adapters if each is not None)
+    if ranks is not None and len(ranks) != len(site.layers):
+        raise CheckpointError(f"{where}: its metadata {_RANKS} are broken; save the adapter again")
     rank = first.rank if ranks is None else sum(ranks)
-    rows = sum(map(_rows, site.layers)) if not isinstance(site.layers[0], LoraEmbedding) else first.b.shape[0]
+    rows = sum(map(outputs, site.layers)) if not isinstance(site.layers[0], LoraEmbedding) else first.b.shape[0]
     expected = {"a": (rank, first.a.shape[1]), "b": (rows, rank), "bias": (rows,), "magnitude": (rows,)}
     for part, key in site.keys().items():
         shape = tuple(getattr(whole, part).shape)
@@ -253,7 +188,7 @@ def _is_table(key: str, value: Tensor, here: Sequence[Site], where: str) -> bool
     for site in here:
         layer: Any = site.layers[0]
         is_table = site.rule.ours[0] in ("embed.weight", "lm_head.weight")
-        if is_table and key == f"{_PREFIX}{site.module}.base_layer.weight":
+        if is_table and key == f"{PREFIX}{site.module}.base_layer.weight":
             if value.shape != layer.weight.shape or not bool((value.to(layer.weight) == layer.weight).all()):
                 raise CheckpointError(
                     f"{where}: {key} is another table than the model's; the adapter belongs to another base model"

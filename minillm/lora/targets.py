@@ -21,12 +21,12 @@ from minillm.checkpoint.families import family_of
 from minillm.checkpoint.weight_map import Rule
 from minillm.errors import InputError, nearest
 from minillm.lora.config import ALL_LINEAR, LoraConfig
-from minillm.lora.layer import LoraEmbedding, LoraLinear
+from minillm.lora.layer import Adapted, Retrained, unwrapped
 from minillm.model import Decoder
 
 #: The number of its block, as peft finds it: the first number between dots that has a name and a part before it.
 _BLOCK = re.compile(r".*?\.[^.]*\.(\d+)\.")
-_LONGEST_PATTERN = 4096
+_LONGEST_PATTERN, _MOST_REPETITIONS, _MOST_OPTIONS = 4096, 6, 4
 
 
 def rules_of(model: Decoder) -> list[Rule]:
@@ -44,19 +44,27 @@ def names(model: Decoder) -> dict[str, str]:
     }
 
 
-def adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """Linears of any kind and embeddings, by name; those that are adapted already as a whole, not what is in them."""
+def modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by name; those that adapters have wrapped as a whole, not what is in them."""
     found: dict[str, nn.Module] = {}
+    wrapped: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if not inside and (is_linear(module) or isinstance(module, nn.Embedding | LoraEmbedding)):
+        if name and not name.startswith(wrapped or (" ",)):
             found[name] = module
+            wrapped += (f"{name}.",) if isinstance(module, Adapted | Retrained) else ()
     return found
+
+
+def adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """Linears of any kind and embeddings, by name, adapted already or not."""
+    found = modules(model).items()
+    return {name: each for name, each in found if is_linear(each) or isinstance(unwrapped(each), nn.Embedding)}
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether x (..., K) -> (..., N) by a weight: float, quantised, or adapted already."""
-    return isinstance(module, nn.Linear | LoraLinear) or hasattr(module, "dequantised")
+    module = unwrapped(module)
+    return isinstance(module, nn.Linear) or hasattr(module, "dequantised")
 
 
 def targets(model: Decoder, config: LoraConfig) -> list[str]:
@@ -98,16 +106,16 @@ def retrained(model: Decoder, config: LoraConfig) -> list[str]:
     As in peft, an entry is the end of a name in the checkpoint's format, dot or not: "norm" is "input_layernorm" too.
     """
     theirs = names(model)
-    modules = {name: (name, theirs.get(name, name)) for name, _ in model.named_modules() if name}
+    known = {name: (name, theirs.get(name, name)) for name in modules(model)}
     found = {
-        entry: [name for name, (_, their) in modules.items() if _is_named(name, (entry,)) or their.endswith(entry)]
+        entry: [name for name, (_, their) in known.items() if _is_named(name, (entry,)) or their.endswith(entry)]
         for entry in config.retrain
     }
     for entry, fitting in found.items():
         if not fitting:
-            leaves = {each.rpartition(".")[2] for both in modules.values() for each in both}
+            leaves = {each.rpartition(".")[2] for both in known.values() for each in both}
             raise InputError(f"retrain {entry!r} fits no module of this model{nearest(entry, leaves)}; correct it")
-    return [name for name in modules if any(name in fitting for fitting in found.values())]
+    return [name for name in known if any(name in fitting for fitting in found.values())]
 
 
 def pattern_value(pattern: Mapping[str, Any], called: Iterable[str], default: Any) -> Any:
@@ -151,27 +159,35 @@ def _check_each(patterns: str | tuple[str, ...], called: Mapping[str, tuple[str,
 
 
 def check_pattern(pattern: str) -> None:
-    """InputError for a regular expression that is none, or that could take for ever: a repetition within another."""
+    """InputError for a regular expression that is none, or whose search could take for ever on the name of a module.
+
+    A repeated group with repetitions, options or alternatives in it can be tried in 2^n ways; n repetitions in a row in
+    n out of the name's length; so they are few. Patterns of real adapters have up to five.
+    """
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise InputError(f"pattern {pattern!r:.100} is no regular expression ({error}); correct it") from None
-    if len(pattern) > _LONGEST_PATTERN or any(_repeats_within(pattern)):
-        raise InputError(f"pattern {pattern!r:.100} repeats a repetition and could take for ever; write it plainly")
-
-
-def _repeats_within(pattern: str) -> Iterator[bool]:
-    """For each group with a repetition in it: whether the group itself is repeated. Character classes are skipped."""
-    plain = re.sub(r"\\.", "x", pattern)
+    plain = re.sub(r"\\.", "x", pattern, flags=re.DOTALL)
     plain = re.sub(r"\[\^?\]?[^\]]*\]", "x", plain)
+    plain = re.sub(r"\(\?", "(", plain)  # what kind of group it is
+    repetitions, options = len(re.findall(r"[*+{]", plain)), len(re.findall(r"(?<![*+}])\?", plain))
+    if len(pattern) > _LONGEST_PATTERN or repetitions > _MOST_REPETITIONS or options > _MOST_OPTIONS:
+        raise InputError(f"pattern {pattern!r:.100} is so long that it could take for ever; write it plainly")
+    if any(_repeats_choices(plain)):
+        raise InputError(f"pattern {pattern!r:.100} repeats a choice and could take for ever; write it plainly")
+
+
+def _repeats_choices(plain: str) -> Iterator[bool]:
+    """For each group: whether it is repeated and has a repetition, an option or an alternative in it."""
     open_groups: list[bool] = []
     for place, sign in enumerate(plain):
         if sign == "(":
             open_groups.append(False)
         elif sign == ")" and open_groups:
-            repeats = open_groups.pop()
-            yield repeats and plain[place + 1 : place + 2] in ("*", "+", "{")
+            chooses = open_groups.pop()
+            yield chooses and plain[place + 1 :].lstrip()[:1] in ("*", "+", "{")
             if open_groups:
-                open_groups[-1] |= repeats
-        elif sign in "*+{" and open_groups:
+                open_groups[-1] |= chooses
+        elif sign in "*+{?|" and open_groups:
             open_groups[-1] = True

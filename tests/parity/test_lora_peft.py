@@ -184,3 +184,16 @@ def test_gradients(case: tuple[Any, Path]) -> None:
             assert_near(joined, expected[name], 2e-5, name)
             checked += 1
     assert checked == sum("lora_" in name for name in expected)
+
+
+def test_modules_that_are_retrained_by_our_names(tmp_path: Path) -> None:
+    save(build(VARIANTS["llama_gqa_8_2"]), tmp_path / "base")
+    model = minillm.load_model(tmp_path / "base", dtype="float32")
+    lora.add(model, targets=["q_proj"], retrain=["mlp_norm"])
+    shake(model)
+    lora.save(model, tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(make_again(tmp_path), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert_near(theirs(again), model(TOKENS), 1e-5)
+        with again.disable_adapter():  # the base's own norms: peft knows that they are the adapter's
+            assert_near(theirs(again), theirs(make_again(tmp_path)), 0.0)

@@ -48,8 +48,18 @@ def logits(model: Decoder) -> Tensor:
 def adapted(shape: str = "llama", **fields: Any) -> Decoder:
     family = "falcon" if shape.startswith("falcon") else "llama"
     model = decoder(**SHAPES[shape], hidden_size=64, head_size=16, ffn_size=128, family=family)
-    lora.add(model, **{"targets": ATTENTION, **fields})
+    lora.add(model, **{"targets": ATTENTION, "generator": seeded(), **fields})
     return shaken(model)
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def kinds(model: Decoder) -> list[str]:
+    """What the model is made of, and what of it is trained."""
+    trained = [name for name, x in model.named_parameters() if x.requires_grad]
+    return [type(module).__name__ for module in model.modules()] + trained
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -77,7 +87,7 @@ def test_on_a_quantised_base(kind: str, fields: dict[str, Any]) -> None:
     model = decoder(hidden_size=64, head_size=16, ffn_size=128)
     quantize_linears(model, Quantisation(kind, threshold=0.0))
     before, codes = logits(model), model.blocks[0].attention.q_proj.weight.clone()
-    lora.add(model, targets=ATTENTION, **fields)
+    lora.add(model, targets=ATTENTION, generator=seeded(), **fields)
     shaken(model)
     model(TOKENS).square().mean().backward()
     assert all(x.grad is not None and bool(x.grad.isfinite().all()) for x in lora.parameters(model, "default"))
@@ -261,6 +271,16 @@ def _set(**fields: Any) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
         (_set(target_modules=["q_porj"]), r"fits no layer of this model \(nearest: q_proj"),
         (_set(target_modules="(a+)+"), "could take for ever"),
         (_set(r=0), "rank is 0"),
+        (_set(r=10**9), "has no tensor of rank 1000000000"),
+        (_set(target_modules=5), "target_modules is 5; it must be a text or a list of texts"),
+        (_set(target_modules=[5]), r"target_modules is \[5\]"),
+        (_set(modules_to_save="lm_head"), "modules_to_save is 'lm_head'; it must be a list"),
+        (_set(rank_pattern=[8]), "rank_pattern is"),
+        (_set(layers_to_transform=["1"]), "layers_to_transform is"),
+        (_set(lora_dropout="0.1"), "lora_dropout is '0.1'"),
+        (_set(use_dora="no"), "use_dora is 'no'"),
+        (_set(enable_lora=[True, False]), "enable_lora asks for"),
+        (lambda tensors, _: tensors.update({k: x.int() for k, x in tensors.items()}), "is torch.int32"),
         (_set(bias="some"), "biases is 'some'"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -305,13 +325,19 @@ def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
         ({"retrain": ["lm_haed"]}, r"retrain 'lm_haed' fits no module of this model \(nearest: lm_head"),
         ({"retrain": ["mlp"]}, "has modules within"),
         ({"name": "a.b"}, "cannot be called"),
+        ({"name": "keys"}, "cannot be called"),
+        ({"alpha": 10**400}, "alpha"),
+        ({"init": "pissa", "rank_pattern": {"1.*v_proj": 40}}, "40 directions"),
+        ({"targets": ["q_proj", "embed"], "init": "pissa"}, "init pissa is for linears"),
         ({"targets": ["embed"], "dora": True}, "dora is for linears"),
         ({"targets": ["embed"], "init": "olora"}, "init olora is for linears"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any], words: str) -> None:
+    model = decoder()
     with pytest.raises(InputError, match=words):
-        lora.add(decoder(), **fields)
+        lora.add(model, **fields)
+    assert kinds(model) == kinds(decoder()) and lora.adapters(model) == []
 
 
 def test_names_of_adapters_are_checked() -> None:
@@ -334,13 +360,37 @@ def test_names_of_adapters_are_checked() -> None:
         logits(model)
 
 
-@pytest.mark.parametrize("pattern", ["(a*)+", "((ab)+c)*", "(a|b{2,})*x", r"(\w+\.)*q", "x" * 5000])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a*)+",
+        "((ab)+c)*",
+        "(a|b{2,})*x",
+        r"(\w+\.)*q",
+        "x" * 5000,
+        ".*" * 20 + "x",
+        "(a|a)*b",
+        "(?:.|..)*x",
+        "(.?){40}x",
+        ".?" * 60 + "x",
+        "(?x) ( a+ ) +",
+    ],
+)
 def test_patterns_that_could_take_for_ever(pattern: str) -> None:
     with pytest.raises(InputError, match="for ever"):
         check_pattern(pattern)
 
 
-@pytest.mark.parametrize("pattern", [r".*\.layers\.[0-9]+\.(q|k)_proj", r"(?:a|b)*", r"[(+]+", r"\(a+\)+", "(a+)b"])
+UNSLOTH = (
+    r"(?:.*?(?:vision|image|visual|patch|language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:k_proj|v_proj|q_proj|out_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp)\.(?:(?:q_proj)))"
+)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r".*\.layers\.[0-9]+\.(q|k)_proj", r"(?:ab)*", r"[(+]+", r"\(a+\)+", "(a+)b", "^(?!.*vision).*q", UNSLOTH],
+)
 def test_patterns_that_are_fine(pattern: str) -> None:
     check_pattern(pattern)
 
@@ -373,3 +423,179 @@ def test_a_fused_weight_named_as_one_has_one_a(tmp_path: Path) -> None:
     assert twin.q_proj.adapters["default"].a is twin.k_proj.adapters["default"].a
     with pytest.raises(InputError, match="name q_proj, k_proj and v_proj"):
         lora.add(decoder(**fields), targets=["query_key_value"], init="pissa")
+
+
+def test_a_failed_load_leaves_what_is_trained_alone(tmp_path: Path) -> None:
+    lora.save(adapted(), tmp_path)
+    model = adapted()
+    model.requires_grad_(False)  # as after a load that is not to be trained
+    before = kinds(model)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors.popitem()
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match="lacks"):
+        lora.load(model, tmp_path, name="other")
+    assert kinds(model) == before
+    with pytest.raises(InputError, match="already"):
+        lora.load(model, tmp_path)
+    assert kinds(model) == before and lora.adapters(model) == ["default"]
+
+
+@pytest.mark.parametrize("first", ["retrain", "targets"])
+def test_one_adapter_retrains_what_another_adapts(first: str, tmp_path: Path) -> None:
+    model = decoder()
+    base = logits(model)
+    fields = {"retrain": {"targets": ["q_proj"], "retrain": ["lm_head"]}, "targets": {"targets": ["lm_head", "q_proj"]}}
+    alone = {}
+    for name in sorted(fields, key=lambda each: each != first):
+        lora.add(model, name=name, **fields[name])
+        alone[name] = logits(shaken(model, name, seed=len(name)))
+    for name, expected in alone.items():
+        lora.activate(model, name)
+        assert torch.equal(logits(model), expected)
+        lora.save(model, tmp_path / name, name=name)
+        fresh = decoder()
+        lora.load(fresh, tmp_path / name)
+        assert_near(logits(fresh), expected, 0.0)
+    lora.activate(model, *fields)
+    assert_near(logits(lora.merged(model).model), logits(model))
+    with lora.disabled(model):
+        assert torch.equal(logits(model), base)
+    lora.remove(model, first)
+    rest = next(name for name in fields if name != first)
+    lora.activate(model, rest)
+    assert torch.equal(logits(model), alone[rest])
+    lora.remove(model, rest)
+    assert torch.equal(logits(model), base) and kinds(model) == kinds(decoder())
+
+
+def test_biases_of_all_and_then_another_adapter() -> None:
+    model = decoder(**SHAPES["falcon_rw"])
+    fields: list[dict[str, Any]] = [
+        {"targets": ["q_proj"], "biases": "all", "retrain": ["norm"]},
+        {"targets": ["q_proj", "up_proj"], "biases": "all", "lora_bias": True},
+        {"targets": ["up_proj"], "biases": "lora_only"},
+    ]
+    for place, each in enumerate(fields):
+        lora.add(model, name=f"{place}", **each)
+        shaken(model, f"{place}", seed=place)
+    assert set(model.norm.adapters["0"]) == {"weight", "bias"}  # the bias is not all of it
+    lora.activate(model, "1", "2")
+    assert_near(logits(lora.merged(model).model), logits(model))
+    for name in "102":
+        lora.remove(model, name)
+    assert kinds(model) == kinds(decoder(**SHAPES["falcon_rw"]))
+
+
+def test_by_row_and_retrained() -> None:
+    model = adapted()
+    lora.add(model, name="other", targets=["q_proj"], retrain=["norm"])
+    shaken(model, "other")
+    with pytest.raises(InputError, match=r"retrains blocks\.0\.attention_norm, which"), lora.for_rows(model, ["other"]):
+        pass
+    with lora.disabled(model):
+        base = logits(model)
+    with lora.for_rows(model, ["default", None, "default"]):
+        assert_near(logits(model)[1], base[1])
+        with lora.disabled(model):
+            assert torch.equal(logits(model), base)
+
+
+def test_generating_goes_through_retrained_linears() -> None:
+    from minillm.generation.generate import decode_step, prefill
+
+    model = decoder(hidden_size=64, head_size=16, ffn_size=128)
+    lora.add(model, targets=["lm_head"], retrain=[*ATTENTION, "gate_proj", "up_proj", "down_proj"])
+    shaken(model)
+    with torch.inference_mode():
+        cache = model.new_cache(3, 9)
+        prefill(model, TOKENS[:, :-1], None, cache)
+        assert_near(decode_step(model, TOKENS[:, -1], cache), logits(model)[:, -1])
+
+
+def test_quantised_weights_are_not_retrained() -> None:
+    model = decoder(hidden_size=64, head_size=16, ffn_size=128)
+    quantize_linears(model, "int8")
+    with pytest.raises(InputError, match="q_proj is quantised and cannot be retrained"):
+        lora.add(model, targets=["v_proj"], retrain=["q_proj"])
+    lora.add(model, targets=["q_proj"])
+    shaken(model)
+    trained = {name for name, x in lora.merged(model).model.named_parameters() if x.requires_grad}
+    assert not any(name.endswith("scale") for name in trained) and "norm.weight" in trained
+
+
+def test_the_start_of_pissa_is_part_of_the_state() -> None:
+    model, other = adapted(init="pissa", rank=4), decoder(1, hidden_size=64, head_size=16, ffn_size=128)
+    lora.add(other, targets=ATTENTION, init="pissa", rank=4)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_an_adapter_counts_once() -> None:
+    model = adapted()
+    alone = logits(model)
+    lora.activate(model, "default", "default")
+    assert torch.equal(logits(model), alone)
+
+
+def test_adding_while_disabled() -> None:
+    model = decoder()
+    base = logits(model)
+    with lora.disabled(model):
+        lora.add(model, init="linear")
+        assert torch.equal(logits(model), base)
+    assert not torch.equal(logits(model), base)
+
+
+def test_dora_of_rows_that_are_zero() -> None:
+    model = decoder()
+    with torch.no_grad():
+        model.lm_head.weight[100:] = 0  # type: ignore[union-attr, index]
+    before = logits(model)
+    lora.add(model, targets=["lm_head"], dora=True)
+    assert torch.equal(logits(model), before)
+    shaken(model)
+    assert bool(logits(lora.merged(model).model).isfinite().all())
+
+
+def test_biases_of_a_part_of_a_fused_weight_go_to_disk(tmp_path: Path) -> None:
+    model = adapted("falcon_rw", targets=["q_proj"], biases="lora_only")
+    lora.save(model, tmp_path)
+    again = decoder(**SHAPES["falcon_rw"], hidden_size=64, head_size=16, ffn_size=128, family="falcon")
+    lora.load(again, tmp_path)
+    assert_near(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("fields", [{"dora": True}, {"lora_bias": True}, {"alpha_pattern": {"q_proj": 0}}], ids=str)
+def test_what_a_part_of_a_fused_weight_has_beside_a_and_b(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted("falcon", targets=["q_proj", "v_proj"], **fields)
+    lora.save(model, tmp_path)
+    again = decoder(**SHAPES["falcon"], hidden_size=64, head_size=16, ffn_size=128, family="falcon")
+    lora.load(again, tmp_path)
+    assert_near(logits(again), logits(model), 2e-6)
+
+
+@pytest.mark.parametrize("ranks", ["[1]", "[16, 0]", "[-8, 16, 8]", "[1e400, 8, 8]", "9"])
+def test_broken_metadata_are_refused(ranks: str, tmp_path: Path) -> None:
+    lora.save(adapted("falcon", targets=["q_proj", "v_proj"]), tmp_path)
+    module = "transformer.h.0.self_attention.query_key_value"
+    metadata = {"format": "pt", "minillm.ranks": f'{{"{module}": {ranks}}}'}
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, metadata)
+    model = decoder(**SHAPES["falcon"], hidden_size=64, head_size=16, ffn_size=128, family="falcon")
+    with pytest.raises(CheckpointError, match=r"metadata minillm\.ranks are broken"):
+        lora.load(model, tmp_path)
+
+
+def test_a_config_of_an_early_peft(tmp_path: Path) -> None:
+    model = adapted(targets=["q_proj", "v_proj"])
+    lora.save(model, tmp_path)
+    old = {
+        "base_model_name_or_path": "base", "bias": "none", "enable_lora": None, "fan_in_fan_out": False,
+        "inference_mode": True, "lora_alpha": 8, "lora_dropout": None, "merge_weights": True, "modules_to_save": None,
+        "peft_type": "LORA", "r": 8, "target_modules": None, "task_type": "CAUSAL_LM", "layers_to_transform": [],
+        "init_lora_weights": None, "rank_pattern": None, "use_dora": None,
+    }  # fmt: skip
+    (tmp_path / CONFIG).write_text(json.dumps(old))
+    again = decoder(hidden_size=64, head_size=16, ffn_size=128)
+    lora.load(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
