@@ -5,7 +5,7 @@ for piece in minillm.stream(model, tokenizer, "Write a poem about Valencia.", to
     print(piece, end="", flush=True)
 logits = model(tokens)                                                           # (B, T) -> (B, T, V)
 minillm.save(model, "out/", tokenizer=tokenizer)                                 # a folder transformers loads
-minillm.lora.add(model, rank=16, alpha=32, targets=["q_proj", "v_proj"])         # peft's files both ways: lora.load, save
+minillm.lora.add(model, rank=16, alpha=32, targets=["q_proj", "v_proj"])         # adapters, peft's files both ways
 with minillm.verify.trace(model) as recorded:                                    # name -> tensor, every operation
     model(tokens)
 """
