@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from minillm.atomic import write_atomically
@@ -66,6 +64,8 @@ def save(model: Decoder, folder: str | os.PathLike[str], *, name: str = "default
     metadata = {"format": "pt"} | ({_RANKS: json.dumps(ranks)} if ranks else {})
     folder.mkdir(parents=True, exist_ok=True)
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    from safetensors.torch import save as safetensors_bytes  # here, as importing minillm shall cost little
+
     write_atomically(folder / WEIGHTS, safetensors_bytes(plain, metadata))
     write_atomically(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
@@ -112,6 +112,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     for key, value in found.items():
         if not value.is_floating_point():
             raise CheckpointError(f"{path}: {key} is {value.dtype}; adapters are in floating point, save it again")
+    from safetensors import safe_open
+
     with safe_open(path, "pt") as opened:
         text = (opened.metadata() or {}).get(_RANKS, "{}")
     try:
