@@ -24,26 +24,24 @@ _WORTH_PAGES = 2**20  # bytes
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """`torch.empty` on the CPU; a large tensor in pages of its own."""
-    count = prod(shape) * dtype.itemsize
-    if count < _WORTH_PAGES:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(_pages(count), dtype=dtype).view(*shape)
+    return _in_pages(shape, dtype, None)
 
 
 def huge(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """`empty`, in huge pages where that helps and the system knows them (Linux)."""
-    count, advice = prod(shape) * dtype.itemsize, getattr(mmap, "MADV_HUGEPAGE", None)
-    if count < _WORTH_PAGES or advice is None:
-        return empty(shape, dtype)
-    pages = _pages(count)
-    pages.madvise(advice)
+    """`empty`, in huge pages where the system knows them (Linux)."""
+    return _in_pages(shape, dtype, getattr(mmap, "MADV_HUGEPAGE", None))
+
+
+def _in_pages(shape: Sequence[int], dtype: torch.dtype, advice: int | None) -> Tensor:
+    count = prod(shape) * dtype.itemsize
+    if count < _WORTH_PAGES:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    # private: what Python maps by default is shared, which is slower to fill and never in huge pages
+    kind = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    pages = mmap.mmap(-1, count, **kind)
+    if advice is not None:
+        pages.madvise(advice)
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
-
-
-def _pages(count: int) -> mmap.mmap:
-    if hasattr(mmap, "MAP_ANONYMOUS"):  # what Python maps by default is shared: slower to fill, and never in huge pages
-        return mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return mmap.mmap(-1, count)
 
 
 class Room:

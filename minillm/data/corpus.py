@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as Pipeline
 from torch import Tensor
 
 from minillm.data.bpe import encode, train_bpe
+from minillm.data.seeded import drawn
 from minillm.errors import InputError
 
 #: Folders of Python's standard library that are no good prose: tests, tables, grammars, a large application, others'.
@@ -160,8 +161,5 @@ class Windows:
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self))
         if self._order[0] != epoch:
-            digest = hashlib.sha256(f"{self._seed} {epoch}".encode()).digest()
-            # 32 bits: torch's generator ignores those above, so a seed shifted up would be no seed at all
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-            self._order = (epoch, torch.randperm(len(self), generator=generator))
+            self._order = (epoch, drawn(len(self), self._seed, epoch))
         return int(self._order[1][place])

@@ -5,15 +5,22 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch import Tensor
 
 
-def permutation(count: int, *origin: int | str) -> list[int]:
-    """0 .. count - 1 in an order that is a function of `origin` alone: a seed, an epoch, what the order is for.
+def drawn(count: int, *origin: int | str) -> Tensor:
+    """0 .. count - 1, int64, in an order that is a function of `origin` alone: a seed, an epoch, what the order is for.
 
-    >>> sorted(permutation(4, 0, "epoch", 7))
+    >>> sorted(drawn(4, 0, "epoch", 7).tolist())
     [0, 1, 2, 3]
     """
     digest = hashlib.sha256(" ".join(map(str, origin)).encode()).digest()
-    # 32 bits: torch's generator ignores those above
+    # 32 bits: torch's generator ignores those above, so a seed shifted up would be no seed at all
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-    return [int(i) for i in torch.randperm(count, generator=generator)]
+    return torch.randperm(count, generator=generator)
+
+
+def permutation(count: int, *origin: int | str) -> list[int]:
+    """`drawn` as a list."""
+    order: list[int] = drawn(count, *origin).tolist()
+    return order

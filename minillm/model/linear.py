@@ -22,7 +22,7 @@ from minillm.ops.step import Floating
 def times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b. A few rows, as in decoding, stream the weights through a kernel of our own: torch's leaves half of the
     memory's speed unused there."""
-    if block.streams(x) and weight.dtype == x.dtype:
+    if block.streams(x) and weight.dtype == x.dtype and weight.is_contiguous():
         return block.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -68,7 +68,7 @@ def _signature(modules: list[nn.Module]) -> list[object]:
         found += (type(module), module.__dict__.get("threshold"), module.__dict__.get("eps"))
         for part in module._parameters.values():
             if part is not None:
-                found += (part.data_ptr(), part.dtype, part.numel())
+                found += (part.data_ptr(), part.dtype, part.numel(), part.stride())
     return found
 
 

@@ -186,6 +186,19 @@ def test_a_changed_model_is_seen(change: Callable[[Decoder], object], calls: lis
         assert torch.equal(after, logits(model, PROMPTS[:1]))
 
 
+def test_a_transposed_weight_is_seen(calls: list[int]) -> None:
+    """The same numbers at the same place, read the other way round: for the modules, and torch's product."""
+    model = model_of("float", torch.float32)
+    before = logits(model, PROMPTS[:1])
+    for layer in model.blocks:
+        weight = layer.attention.q_proj.weight
+        weight.data = weight.data.T
+    after = logits(model, PROMPTS[:1])
+    assert not torch.equal(before, after) and len(calls) == 6
+    with modules_only():
+        assert torch.equal(after, logits(model, PROMPTS[:1]))
+
+
 def test_threshold_is_seen() -> None:
     model = model_of("int8", torch.float32)
     before = logits(model, PROMPTS[:1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,11 @@ import torch
 import minillm
 from minillm.data.corpus import Windows
 from minillm.errors import ConfigError, InputError
-from minillm.training.progress import Progress
 from minillm.training.recipe import Interrupted, run
 from scripts import pretrain
 from scripts.pretrain import Pretrain, main
 from tests.error import assert_near
+from tests.training.stopping import stop_at
 
 
 @pytest.fixture
@@ -102,18 +101,6 @@ def test_transformers_reads_the_model_and_the_text(recipe: Pretrain) -> None:
     assert their_tokenizer("7 + 1 = 8\n").input_ids == ids
     with torch.inference_mode():
         assert_near(model(torch.tensor([ids])), theirs(torch.tensor([ids])).logits)
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the middle of a step, as the signal would come."""
-    plain = Progress.update
-
-    def update(self: Progress, done: float, **seen: Any) -> None:
-        plain(self, done, **seen)
-        if done == step:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Progress, "update", update)
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(recipe: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from minillm.data.examples import make_examples
 from minillm.data.records import read_records
 from minillm.errors import CheckpointError, InputError
 from minillm.training.loop import accumulate
-from minillm.training.progress import Progress
 from minillm.training.recipe import Interrupted
 from scripts import sft
 from scripts.sft import Sft, main
 from tests import tiny_checkpoint
 from tests.error import assert_near
+from tests.training.stopping import stop_at
 
 
 @pytest.fixture
@@ -43,18 +42,6 @@ def adapter(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "adapter_model.safetensors")
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the middle of a step, as the signal would come."""
-    plain = Progress.update
-
-    def update(self: Progress, done: float, **seen: Any) -> None:
-        plain(self, done, **seen)
-        if done == step:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Progress, "update", update)
 
 
 @pytest.mark.parametrize(
