@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 from tokenizers import Tokenizer as Pipeline
 
@@ -29,7 +28,7 @@ from minillm.model.init import initialise
 from minillm.placement import as_device
 from minillm.training.curve import draw_curve
 from minillm.training.evaluate import HeldOut, held_out
-from minillm.training.loop import Clock, Precision, accumulate, faster_precision, interruptible
+from minillm.training.loop import Clock, Precision, accumulate, clip_gradients, faster_precision, interruptible
 from minillm.training.optim import adamw, set_learning_rate, warmup_cosine
 from minillm.training.output import STATE, check_same, claim, comparable, save_checked
 from minillm.training.progress import Progress
@@ -234,7 +233,7 @@ def train(run: Run) -> None:
         while not clock.over:
             rows = run.windows.batch(clock.step, recipe.batch).to(recipe.device)  # (B, T)
             loss = accumulate(model, rows.split(recipe.micro_batch or recipe.batch), precision=run.precision)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            clip_gradients(list(model.parameters()), recipe.clip)
             set_learning_rate(optimizer, recipe.learning_rate * warmup_cosine(clock.done, warmup=recipe.warmup))
             optimizer.step()
             optimizer.zero_grad()

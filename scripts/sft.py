@@ -32,16 +32,26 @@ from minillm.data.examples import Example, make_examples
 from minillm.data.records import read_records
 from minillm.data.seeded import permutation
 from minillm.errors import InputError
-from minillm.losses import count_targets, next_token_loss
+from minillm.losses import count_targets
 from minillm.placement import as_device
 from minillm.quant.convert import Quantisation
 from minillm.training.curve import draw_curve
-from minillm.training.loop import Clock, Precision, accumulate, autocast, interruptible
+from minillm.training.loop import (
+    Clock,
+    Precision,
+    accumulate,
+    autocast,
+    clip_gradients,
+    interruptible,
+    loss_scale,
+    naming,
+)
 from minillm.training.optim import make_optimizer, set_learning_rate, warmup_cosine, warmup_linear
 from minillm.training.output import STATE, check_same, claim, comparable
 from minillm.training.progress import Progress
 from minillm.training.recipe import Interrupted, resume_command, run
 from minillm.training.state import load_state, read_progress, save_state
+from minillm.training.token_loss import TokenLoss
 
 
 @dataclass(frozen=True)
@@ -74,12 +84,14 @@ class Sft:
     """How adapters start."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Format of the frozen weights; auto is the checkpoint's own. Trained weights are fp32."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the matrix products, where weights are fp32."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the matrix products, where weights are fp32. In float16 the loss is scaled; steps that overflow are left out."""
     format: str | None = None
     """chat, completion, alpaca or text; recognised from the fields where not given."""
     context: int | None = None
     """Longest example in tokens; the model's own where not given."""
+    pack: bool = False
+    """Put several short examples in one row of the context's length; none sees another."""
     cut: bool = False
     """Cut longer examples on the right, where they are left out otherwise."""
     held_out: float = 0.05
@@ -149,7 +161,8 @@ class Run:
     def __init__(self, recipe: Sft, model: Decoder, examples: Sequence[Example]) -> None:
         self.recipe, self.model = recipe, model
         held, training = divided(examples, recipe.held_out, recipe.seed)
-        self.batches = Batches(training, size=recipe.batch, seed=recipe.seed)
+        pack_to = min(recipe.context or model.config.context, model.config.longest) if recipe.pack else None
+        self.batches = Batches(training, size=recipe.batch, seed=recipe.seed, pack_to=pack_to)
         self.held = held
         self.fingerprint = hashlib.blake2b(b"".join(each.tokens.numpy().tobytes() for each in examples)).hexdigest()
         self.optimizer = make_optimizer(
@@ -159,6 +172,7 @@ class Run:
             weight_decay=recipe.weight_decay,
             betas=(0.9, 0.999),
         )
+        self.scale = loss_scale(recipe.device, recipe.precision)
         self.losses: list[float] = []  # one a step
         self.evaluated: list[tuple[int, float]] = []  # (steps made, held-out loss)
         self.tokens = 0
@@ -170,7 +184,7 @@ class Run:
     def save(self) -> None:
         progress: dict[str, Any] = {"recipe": comparable(self.recipe, free=FREE), "data": self.fingerprint}
         progress |= {"step": self.clock.step, "seconds": self.clock.seconds, "tokens": self.tokens}
-        progress |= {"losses": self.losses, "evaluated": self.evaluated}
+        progress |= {"losses": self.losses, "evaluated": self.evaluated, "scale": self.scale.state_dict()}
         save_state(self.recipe.output / STATE, self.model, self.optimizer, progress)
 
     def _resume(self) -> None:
@@ -179,6 +193,7 @@ class Run:
         if progress["data"] != self.fingerprint:
             raise InputError("--resume: the examples have changed since the run began; start anew with --overwrite")
         load_state(self.recipe.output / STATE, self.model, self.optimizer)
+        self.scale.load_state_dict(progress["scale"])
         self.losses, self.tokens = progress["losses"], progress["tokens"]
         self.evaluated = [(step, loss) for step, loss in progress["evaluated"]]
         self.clock.resume(progress["step"], progress["seconds"])
@@ -187,12 +202,11 @@ class Run:
     def evaluate(self) -> float:
         """Mean loss of the answers' tokens in the held-out examples."""
         self.model.eval()
-        nats, tokens = 0.0, 0
+        nats, tokens, measured = 0.0, 0, TokenLoss(self.model)
         for begin in range(0, len(self.held), self.recipe.batch):
             batch = on(self.recipe.device, collate([[each] for each in self.held[begin : begin + self.recipe.batch]]))
             with autocast(self.recipe.device, self.recipe.precision):
-                logits = self.model(batch.tokens, keep=batch.keep)
-            nats += next_token_loss(logits, batch.tokens, batch.taught, total=1).item()
+                nats += measured(batch, 1).item()
             tokens += int(count_targets(batch.tokens, batch.taught))
         self.model.train()
         return nats / max(tokens, 1)
@@ -264,7 +278,7 @@ def on(device: str, batch: Batch) -> Batch:
 
 def train(run: Run) -> bool:
     """The loop: one step an iteration, a look at the held-out examples now and then; True where it ended early."""
-    recipe, clock, model, optimizer = run.recipe, run.clock, run.model, run.optimizer
+    recipe, clock, model, optimizer, scale = run.recipe, run.clock, run.model, run.optimizer, run.scale
     rate = warmup_linear if recipe.schedule == "linear" else warmup_cosine
     precision: Precision = recipe.precision
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -273,10 +287,13 @@ def train(run: Run) -> bool:
         while not clock.over:
             rows, size = run.batches.rows(clock.step), recipe.micro_batch or recipe.batch
             parts = [on(recipe.device, collate(rows[at : at + size])) for at in range(0, len(rows), size)]
-            loss = accumulate(model, parts, precision=precision)
-            torch.nn.utils.clip_grad_norm_(trained, recipe.clip, error_if_nonfinite=True)
+            with naming(clock.step, (each.place for row in rows for each in row)):
+                loss = accumulate(model, parts, precision=precision, scale=scale)
+                scale.unscale_(optimizer)
+                clip_gradients(trained, recipe.clip, may_overflow=scale.is_enabled())
             set_learning_rate(optimizer, recipe.learning_rate * rate(clock.done, warmup=recipe.warmup))
-            optimizer.step()
+            scale.step(optimizer)
+            scale.update()
             optimizer.zero_grad()
             clock.tick()
             run.losses.append(loss)
@@ -313,8 +330,8 @@ def finish(run: Run, tokenizer: Tokenizer, result: dict[str, Any]) -> None:
     """Adapter or model, the curve and the history; the state goes."""
     recipe = run.recipe
     if recipe.method == "lora":
-        lora.save(run.model, recipe.output, base=recipe.model)
         tokenizer.save(recipe.output)
+        lora.save(run.model, recipe.output, base=recipe.model)  # its config last: a folder that has one is whole
     else:
         save(run.model.cpu(), recipe.output, tokenizer=tokenizer)
     per_step = max(run.tokens // max(run.clock.step, 1), 1)

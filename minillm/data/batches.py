@@ -2,8 +2,7 @@
 
     tokens    5 7 7 9 | 4 8 9 | 0          one row that holds two examples and one empty place
     taught    . . x x   . x x   .
-    segments  1 1 1 1   2 2 2   0
-    positions 0 1 2 3   0 1 2   0
+    segments  1 1 1 1   2 2 2   0          positions, which `Decoder` makes of them: 0 1 2 3   0 1 2   0
 
 A row holds one example, or several that were packed; padding is on the right either way. Rows of one example are
 batched with others of about their length, or most of what is computed would be padding. Which rows make up which batch
@@ -41,21 +40,18 @@ class Batch(NamedTuple):
 
     @property
     def keep(self) -> Tensor:
-        """(B, T) bool, True on tokens, False on padding: the `keep` of `Decoder`, enough for rows of one example."""
+        """(B, T) bool, True on tokens, False on padding."""
         return self.segments > 0
-
-    @property
-    def positions(self) -> Tensor:
-        """(B, T) int64: 0, 1, 2, ... within each example, and 0 on padding."""
-        place = torch.arange(self.tokens.shape[1], device=self.tokens.device).expand_as(self.tokens)
-        begins = torch.ones_like(self.segments, dtype=torch.bool)
-        begins[:, 1:] = self.segments[:, 1:] != self.segments[:, :-1]
-        return (place - (place * begins).cummax(dim=1).values) * self.keep
 
     @property
     def fullness(self) -> float:
         """Tokens / places."""
         return self.keep.float().mean().item()
+
+    def layout(self) -> dict[str, Tensor]:
+        """What `Decoder` has to be told: the segments where several share a row. Not what is padding: it stands on the
+        right, where no token looks, and nothing is taught of it."""
+        return {"segments": self.segments} if int(self.segments.max()) > 1 else {}
 
 
 def collate(

@@ -6,8 +6,8 @@ most 11/9 of the fewest rows that would do (Johnson et al. 1974), and far fewer 
 Over a whole data set the same neighbours would meet whatever the seed, and rows would be sorted by length. So packing
 runs over seeded windows of it.
 
-Attention and positions must not see that a row holds several examples: that is what `Batch.segments` and
-`Batch.positions` of `minillm.data.batches` are for.
+Attention and positions must not see that a row holds several examples: that is what `Batch.segments` of
+`minillm.data.batches` and the `segments` of `Decoder` are for.
 """
 
 from __future__ import annotations

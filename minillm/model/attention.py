@@ -43,6 +43,12 @@ def visible_keys(keep: Tensor | None, queries: int, keys: int, device: torch.dev
     return ((causal & keep[:, None, :]) | (key == query))[:, None]
 
 
+def visible_within(segments: Tensor) -> Tensor:
+    """Which tokens of a packed row each may see: those before it in its segment; (B, T) int -> (B, 1, T, T) bool."""
+    place = torch.arange(segments.shape[1], device=segments.device)
+    return ((place <= place[:, None]) & (segments[:, None, :] == segments[:, :, None]))[:, None]
+
+
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """The formula, at least in fp32: q (B, H, T, E) · k, v (B, G, S, E) · mask as above -> (B, H, T, E)."""
     wide = torch.promote_types(q.dtype, torch.float32)

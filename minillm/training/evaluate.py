@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from minillm.data.corpus import Windows
-from minillm.losses import count_targets, next_token_loss
+from minillm.losses import count_targets
 from minillm.training.loop import Precision, autocast
+from minillm.training.token_loss import TokenLoss, whole_rows
 
 
 class HeldOut(NamedTuple):
@@ -47,12 +48,12 @@ def held_out(
     model.eval()
     count = len(windows) if most is None else min(most, len(windows))
     chosen = [index * len(windows) // count for index in range(count)]
+    measured = TokenLoss(model)
     nats, tokens, size = 0.0, 0, 0
     for begin in range(0, count, batch):
         rows = torch.stack([windows.window(index) for index in chosen[begin : begin + batch]])  # (B, T)
         with autocast(device, precision):
-            logits = model(rows.to(device))
-        nats += next_token_loss(logits, rows.to(device), total=1).item()
+            nats += measured(whole_rows(rows.to(device)), 1).item()
         tokens += int(count_targets(rows))
         size += int(bytes_per_token[rows[:, 1:]].sum())
     model.train()

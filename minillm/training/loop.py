@@ -11,10 +11,11 @@ The loops themselves stand in scripts/, each whole and on one screen:
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Literal
 
@@ -23,35 +24,73 @@ from torch import Tensor, nn
 
 from minillm.data.batches import Batch
 from minillm.errors import InputError, NumericsError
-from minillm.losses import count_targets, next_token_loss
+from minillm.losses import count_targets
+from minillm.training.token_loss import TokenLoss, whole_rows
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def autocast(device: torch.device | str, precision: Precision) -> torch.autocast:
-    """Inside, matrix products run in bf16 where `precision` says so; parameters, norms and losses stay fp32."""
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+    """Inside, matrix products run in 16 bits where `precision` says so; parameters, norms and losses stay fp32."""
+    dtype = torch.float16 if precision == "float16" else torch.bfloat16
+    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=precision != "float32")
 
 
-def accumulate(model: nn.Module, batches: Sequence[Tensor | Batch], *, precision: Precision = "float32") -> float:
-    """Add the gradients of `next_token_loss` over all batches together; returns that loss.
-
-    batches: (B_i, T_i) int64 each, every token a target; or `Batch`es, which say what is padding and what is taught.
-    Every token weighs the same however it is batched: one batch of 8 rows, or 8 of one, give the same gradient. Raises
-    NumericsError where the loss is not finite, before any weight is touched.
+def loss_scale(device: torch.device | str, precision: Precision) -> torch.amp.GradScaler:
+    """What keeps gradients in fp16's range (arXiv 1710.03740 §3.2): the loss is multiplied by a power of two, which
+    halves where a gradient overflows, whose step is left out, and doubles after 2000 that did not. Else does nothing.
     """
-    parts = [(x.tokens, x.keep, x.taught) if isinstance(x, Batch) else (x, None, None) for x in batches]
-    total = sum(int(count_targets(tokens, taught)) for tokens, _, taught in parts)
+    return torch.amp.GradScaler(torch.device(device).type, enabled=precision == "float16")
+
+
+def accumulate(
+    model: nn.Module,
+    batches: Sequence[Tensor | Batch],
+    *,
+    precision: Precision = "float32",
+    scale: torch.amp.GradScaler | None = None,
+) -> float:
+    """Add the gradients of the mean token loss over all batches together; returns that loss.
+
+    model: a `Decoder`, another module tokens -> logits, or a `TokenLoss`, as it is or spread over processes. batches:
+    (B_i, T_i) int64 each, every token a target; or `Batch`es, which say what is padding and what is taught. scale: what
+    gradients are multiplied by. Every token weighs the same however it is batched: one batch of 8 rows, or 8 of one,
+    give the same gradient. Raises NumericsError where the loss is not finite, before any weight is touched.
+    """
+    measured = model if isinstance(getattr(model, "module", model), TokenLoss) else TokenLoss(model)
+    parts = [each if isinstance(each, Batch) else whole_rows(each) for each in batches]
+    total = sum(int(count_targets(part.tokens, part.taught)) for part in parts)
     loss = 0.0
-    for tokens, keep, taught in parts:
-        with autocast(tokens.device, precision):
-            logits = model(tokens) if keep is None or bool(keep.all()) else model(tokens, keep=keep)
-        part = next_token_loss(logits, tokens, taught, total=total)
-        part.backward()
-        loss += part.item()
-    if not abs(loss) < float("inf"):
+    for part in parts:
+        with autocast(part.tokens.device, precision):
+            share: Tensor = measured(part, max(total, 1))
+        (share if scale is None else scale.scale(share)).backward()
+        loss += share.item()
+    if not math.isfinite(loss):
         raise NumericsError(f"the loss is {loss}; lower the learning rate, or warm up longer")
     return loss
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], longest: float, *, may_overflow: bool = False) -> float:
+    """Shorten the gradients, taken as one vector, to at most `longest`; returns their length before.
+
+    Raises NumericsError where it is not finite, unless they `may_overflow`, as scaled gradients of fp16 do.
+    """
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, longest))
+    if not math.isfinite(norm) and not may_overflow:
+        raise NumericsError(f"the gradient's norm is {norm} while the loss is finite; lower the learning rate")
+    return norm
+
+
+@contextlib.contextmanager
+def naming(step: int, places: Iterable[str]) -> Iterator[None]:
+    """A NumericsError from the block says in which step it was, and which examples that step had."""
+    try:
+        yield
+    except NumericsError as error:
+        named = list(places)
+        more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        raise NumericsError(f"step {step}: {error}; its examples: {', '.join(named[:8])}{more}") from error
 
 
 def faster_precision(model: nn.Module, tokens: Tensor) -> Precision:

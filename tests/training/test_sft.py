@@ -49,7 +49,8 @@ def adapter(folder: Path) -> dict[str, Tensor]:
     [
         {}, {"quantize": "int8"}, {"quantize": "nf4"}, {"dora": True, "rslora": True, "dropout": 0.1},
         {"recompute": True}, {"optimizer": "adamw8"}, {"precision": "bfloat16"}, {"dtype": "bfloat16"},
-        {"init": "pissa"}, {"targets": ("q_proj", "v_proj"), "schedule": "cosine"},
+        {"init": "pissa"}, {"pack": True, "batch": 2},
+        {"precision": "float16"}, {"targets": ("q_proj", "v_proj"), "schedule": "cosine"},
     ],
     ids=str,
 )  # fmt: skip
@@ -75,7 +76,9 @@ def test_all_weights_learn(recipe: Sft) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"dropout": 0.2}, {"optimizer": "adamw8"}, {"method": "full"}, {"quantize": "int8"}], ids=str
+    "fields",
+    [{"dropout": 0.2}, {"optimizer": "adamw8"}, {"method": "full"}, {"quantize": "int8"}, {"precision": "float16"}],
+    ids=str,
 )
 def test_interrupted_and_resumed_equals_uninterrupted(
     fields: dict[str, Any], recipe: Sft, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,7 @@ from minillm.data.batches import Batch, Batches, bucketed, collate
 from minillm.data.examples import Example
 from minillm.errors import InputError
 from minillm.losses.next_token import count_targets, next_token_loss
-from minillm.model.attention import attention_ref
+from tests.decoders import SHAPES, decoder
 
 EOS = 9
 
@@ -39,7 +39,6 @@ def test_a_batch_is_padded_on_the_right() -> None:
     assert batch.tokens.tolist() == [[5, 7, 7, EOS], [3, EOS, EOS, EOS]]
     assert batch.keep.tolist() == [[True] * 4, [True, True, False, False]]
     assert batch.taught.tolist() == [[False, False, True, True], [False, True, False, False]]  # T10: EOS, not padding
-    assert batch.positions.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
     assert (batch.tokens.dtype, batch.taught.dtype, batch.segments.dtype) == (torch.int64, torch.bool, torch.int64)
     assert batch.fullness == 6 / 8
 
@@ -48,7 +47,6 @@ def test_a_row_of_several_knows_whose_each_token_is() -> None:
     batch = collate([[A, B], [C]], width=8)
     assert batch.tokens.tolist() == [[5, 7, 7, EOS, 4, 8, EOS, 0], [3, EOS, 0, 0, 0, 0, 0, 0]]
     assert batch.segments.tolist() == [[1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 0, 0, 0, 0, 0, 0]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 0, 0, 0, 0, 0]]
     assert batch.taught.int().tolist() == [[0, 0, 1, 1, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0, 0]]
 
 
@@ -65,29 +63,22 @@ def test_what_does_not_fit_is_refused() -> None:
         collate([])
 
 
-def model(tokens: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
-    """One layer of attention, as a packed row needs it: positions that restart, and no look into another segment."""
-    draw = torch.Generator().manual_seed(0)
-    embed, place, head = (torch.randn(*shape, generator=draw).double() for shape in ((20, 8), (64, 8), (8, 20)))
-    x = (embed[tokens] + place[positions])[:, None]  # (B, 1, T, E)
-    below = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
-    visible = below & (segments[:, :, None] == segments[:, None, :])
-    return attention_ref(x, x, x, visible[:, None])[:, 0] @ head
-
-
+@pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("pack_to", [None, 64, 200])
-def test_batched_and_packed_losses_are_those_of_single_examples(pack_to: int | None) -> None:
+def test_batched_and_packed_losses_are_those_of_single_examples(kind: str, pack_to: int | None) -> None:
     """The sum over all rows, and the number of what is predicted: packing and padding change neither."""
+    model = decoder(**(SHAPES[kind] | {"context": 200})).double()
     examples = random_examples(30)
     alone = [collate([[one]]) for one in examples]
     batches = Batches(examples, size=4, seed=0, pack_to=pack_to)
     epoch = [batches.batch(step) for step in range(len(batches))]
 
+    @torch.no_grad()
     def total(batch: Batch) -> Tensor:
-        logits = model(batch.tokens, batch.positions, batch.segments)
-        return next_token_loss(logits, batch.tokens, batch.taught, total=1)
+        return next_token_loss(model(batch.tokens, **batch.layout()), batch.tokens, batch.taught, total=1)
 
     assert sum(count_targets(b.tokens, b.taught) for b in epoch) == sum(len(one) - 1 for one in examples)
+    assert any("segments" in batch.layout() for batch in epoch) == (pack_to is not None)
     theirs, ours = sum(map(total, alone)), sum(map(total, epoch))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)  # float64, sums in another order
 
