@@ -42,6 +42,7 @@ struct Attention {
     const uint8_t* keep;  // (B, S) or null
     const void* bias;     // (B or 1, H, S) or null
     int64_t bias_batch;   // numbers from one row of the batch to the next; 0 where all share one
+    float* statistics;    // (B, H, T, 2), becomes max_j q . k_j and sum_j e^(score_j - its largest); or null. No bias
 };
 
 void attention(const Attention& a, Isa isa, int threads);

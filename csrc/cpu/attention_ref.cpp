@@ -34,6 +34,11 @@ void attend_row(const Attention& a, const AttentionRows& rows, int64_t m) {
         sum += weight;
         for (int64_t e = 0; e < a.E; ++e) sums[e] += weight * load(v, a.dtype, j * a.v_strides.token + e);
     }
+    if (a.statistics) {
+        float* out = a.statistics + ((rows.batch * a.H + row.head) * a.T + row.token) * 2;
+        out[0] = largest / scale;
+        out[1] = sum;
+    }
     for (int64_t e = 0; e < a.E; ++e) store(a.y, a.dtype, row.y + e, sums[e] / sum);
 }
 

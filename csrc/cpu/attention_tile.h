@@ -22,9 +22,6 @@
 #include "parallel.h"
 #include "vectors_avx512.h"
 
-// As MINILLM_UNROLL, for up to sixteen columns.
-#define MINILLM_UNROLL16 _Pragma("GCC unroll 16")
-
 namespace minillm {
 namespace {
 
@@ -50,7 +47,7 @@ struct Block;
 struct Steps {
     void (*start)(const Attention&, const AttentionRows&, Tile&);
     void (*attend)(const Attention&, Tile&, const Block&, int64_t keys);
-    void (*finish)(const Attention&, const Tile&);
+    void (*finish)(const Attention&, const AttentionRows&, const Tile&);
 };
 
 struct Tile {
@@ -106,18 +103,6 @@ MINILLM_TILE inline __m512 add_parts(__m512 x) {
     if constexpr (P >= 8) x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
     if constexpr (P >= 16) x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
     return x;
-}
-
-// 2^x for x <= 0: a polynomial for the fraction, 8e-8 of the value away at most (least squares in the largest error),
-// and the exponent from its whole part. 2^-infinity is 0.
-MINILLM_TILE inline __m512 exp2(__m512 x) {
-    const __m512 fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
-    const float by[] = {0x1.ec320ap-10f, 0x1.26900ep-7f, 0x1.c95446p-5f,
-                        0x1.ebd5a8p-3f,  0x1.62e4f6p-1f, 0x1.fffffep-1f};
-    __m512 power = _mm512_set1_ps(by[0]);
-    MINILLM_UNROLL16
-    for (int i = 1; i < 6; ++i) power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(by[i]));
-    return _mm512_scalef_ps(power, x);
 }
 
 // --- the two products
@@ -339,8 +324,19 @@ void start(const Attention& a, const AttentionRows& rows, Tile& tile) {
         load_few_queries<P>(a, tile);
 }
 
+// What the backward pass starts from.
+template <int P>
+void store_statistics(const Attention& a, const AttentionRows& rows, const Tile& tile) {
+    for (int64_t m = 0; m < tile.rows; ++m) {
+        float* out = a.statistics + ((rows.batch * a.H + tile.row[m].head) * a.T + tile.row[m].token) * 2;
+        out[0] = tile.largest[m * P];
+        out[1] = tile.sum[m * P];
+    }
+}
+
 template <int V, int P>
-void finish(const Attention& a, const Tile& tile) {
+void finish(const Attention& a, const AttentionRows& rows, const Tile& tile) {
+    if (a.statistics) store_statistics<P>(a, rows, tile);
     if constexpr (P == 1)
         store_rows<V>(a, tile);
     else
@@ -456,7 +452,7 @@ void attend_rows(const Attention& a, const AttentionRows& rows) {
         }
         if (block.keep) block.keep += keys_per_block;
     }
-    for (int64_t i = 0; i < count; ++i) tiles[i].steps.finish(a, tiles[i]);
+    for (int64_t i = 0; i < count; ++i) tiles[i].steps.finish(a, rows, tiles[i]);
 }
 
 }  // namespace

@@ -81,7 +81,7 @@ struct Step {
         const HeadStrides query = {w.H * w.E, w.E, w.H * w.E};
         const HeadStrides cached = {w.G * in.capacity * w.E, in.capacity * w.E, w.E};
         const Attention a = {q,           in.keys, in.values, y,      w.dtype, in.B,    w.H,     w.G, 1,
-                             in.past + 1, w.E,     query,     cached, cached,  in.keep, nullptr, 0};
+                             in.past + 1, w.E,     query,     cached, cached,  in.keep, nullptr, 0,   nullptr};
         attention(a, isa, threads);
     }
 };

@@ -9,6 +9,7 @@
 
 // Loops of constant length over registers: unrolled before arrays are placed, or gcc keeps the sums in memory as well.
 #define MINILLM_UNROLL _Pragma("GCC unroll 8")
+#define MINILLM_UNROLL16 _Pragma("GCC unroll 16")
 
 namespace minillm {
 namespace {  // code for one instruction set must never be merged with that of another
@@ -54,6 +55,18 @@ MINILLM_AVX512 inline void store16(void* x, Dtype dtype, int64_t index, int64_t 
     const __m256i half =
         dtype == Dtype::bf16 ? to_bf16(value) : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(x) + index, mask, half);
+}
+
+// 2^x for x <= 0: a polynomial for the fraction, 8e-8 of the value away at most (least squares in the largest error),
+// and the exponent from its whole part. 2^-infinity is 0.
+MINILLM_AVX512 inline __m512 exp2(__m512 x) {
+    const __m512 fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    const float by[] = {0x1.ec320ap-10f, 0x1.26900ep-7f, 0x1.c95446p-5f,
+                        0x1.ebd5a8p-3f,  0x1.62e4f6p-1f, 0x1.fffffep-1f};
+    __m512 power = _mm512_set1_ps(by[0]);
+    MINILLM_UNROLL16
+    for (int i = 1; i < 6; ++i) power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(by[i]));
+    return _mm512_scalef_ps(power, x);
 }
 
 // Sixteen rows of 64 bytes, as dwords, transposed: out[i] holds dword i of every row.

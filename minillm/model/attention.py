@@ -5,10 +5,11 @@
     out_(h,i)      = sum_j weights_(h,i,j) v_(g,j)
 
 `attention_ref` is that formula. `attend` is what runs without a cache: torch's fused kernel, whose bits are those of
-transformers. For a single query token the H/G heads of a group stand in the place of query tokens, so that each cached
-key and value is read once and nothing is expanded (measured, one token of 71 heads over 1 cached head of 544 tokens,
-bf16: 2.1 ms expanded, 0.15 ms folded). With a cache, where text is written, `attend_cached` takes our own kernel if it
-serves: the same formula, 8 times faster over a prompt of 512 tokens, other roundings.
+transformers; where a gradient of plain causal attention is wanted, our own pair of kernels (`ops/attention_training`).
+For a single query token the H/G heads of a group stand in the place of query tokens, so that each cached key and value
+is read once and nothing is expanded (measured, one token of 71 heads over 1 cached head of 544 tokens, bf16: 2.1 ms
+expanded, 0.15 ms folded). With a cache, where text is written, `attend_cached` takes our own kernel if it serves: the
+same formula, 8 times faster over a prompt of 512 tokens, other roundings.
 
 Masks say what True means: `visible` (.., T, S), True where the query may look. A float mask is added to the scaled
 scores (ALiBi). None means plain causal: all T tokens are new, or a single one that sees everything before it.
@@ -27,6 +28,7 @@ from minillm.model.cache import LayerCache
 from minillm.model.linear import make_linear, project
 from minillm.model.rope import rotate
 from minillm.ops import attention as kernel
+from minillm.ops import attention_training
 
 
 def visible_keys(keep: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
@@ -67,6 +69,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """`attention_ref`, fast: same arguments, same result up to rounding."""
     groups, keys = k.shape[1:3]
     batch, heads, queries, size = q.shape
+    if mask is None and attention_training.serves(q, k, v):
+        return attention_training.attend(q, k, v)
     if queries == 1:
         folded = q.reshape(batch, groups, heads // groups, size)  # (B, G, H/G, E)
         if mask is not None and mask.shape[1] == heads:

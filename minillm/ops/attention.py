@@ -44,12 +44,20 @@ def is_chosen() -> bool:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, bias: Tensor | None = None, isa: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    keep: Tensor | None = None,
+    bias: Tensor | None = None,
+    statistics: Tensor | None = None,
+    isa: str | None = None,
 ) -> Tensor:
     """q (B, H, T, E) · k, v (B, G, S, E) -> y (B, H, T, E), whose memory is (B, T, H, E).
 
     keep (B, S) bool, True on real tokens; None means that all are. bias (B or 1, H, 1, S) in the dtype of q, added to
-    scaled scores (`alibi_bias`). Of q, k and v only the last dimension must be contiguous. Raises TypeError and
+    scaled scores (`alibi_bias`). statistics (B, H, T, 2) fp32, without a bias, is filled with max_j q · k_j and
+    sum_j e^(score_j - the largest). Of q, k and v only the last dimension must be contiguous. Raises TypeError and
     ValueError that name the argument.
     """
     batch, heads, queries, size = _shape("q", q)
@@ -64,14 +72,17 @@ def attend(
     strides = (queries * heads * size, size, heads * size, 1)  # what transposing (B, T, H, E) gives, in one call
     y = torch.empty_strided((batch, heads, queries, size), strides, dtype=q.dtype)
     arguments = (
-        _heads("q", q, q.dtype, (batch, heads, queries, size)),
-        _heads("k", k, q.dtype, shape),
-        _heads("v", v, q.dtype, shape),
+        heads_of("q", q, q.dtype, (batch, heads, queries, size)),
+        heads_of("k", k, q.dtype, shape),
+        heads_of("v", v, q.dtype, shape),
         y.data_ptr(),
         native.format_of("q", q),
         (batch, heads, groups, queries, keys, size),
         0 if keep is None else native.address("keep", keep, torch.bool, (batch, keys)),
         *_bias(bias, q, keys),
+        0
+        if statistics is None
+        else native.address("statistics", statistics, torch.float32, (batch, heads, queries, 2)),
         native.isa_number(isa),
         torch.get_num_threads(),
     )
@@ -91,7 +102,7 @@ def _shape(name: str, x: Tensor) -> torch.Size:
     return x.shape
 
 
-def _heads(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+def heads_of(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     """What `native.address` does for contiguous tensors: the address, and the strides of (batch, head, token)."""
     if x.shape != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {shape}")
