@@ -6,11 +6,12 @@ for piece in minillm.stream(model, tokenizer, "Write a poem about Valencia.", to
 logits = model(tokens)                                                           # (B, T) -> (B, T, V)
 minillm.save(model, "out/", tokenizer=tokenizer)                                 # a folder transformers loads
 minillm.lora.add(model, rank=16, alpha=32, targets=["q_proj", "v_proj"])         # adapters, peft's files both ways
+prompted = minillm.prompt.add(model, kind="prefix", tokens=20)                   # virtual tokens, likewise
 with minillm.verify.trace(model) as recorded:                                    # name -> tensor, every operation
     model(tokens)
 """
 
-from minillm import lora, verify
+from minillm import lora, prompt, verify
 from minillm.checkpoint.load import load, load_model
 from minillm.checkpoint.save import save
 from minillm.config import DecoderConfig
@@ -32,6 +33,7 @@ __all__ = [
     "load",
     "load_model",
     "lora",
+    "prompt",
     "save",
     "stream",
     "verify",

@@ -45,6 +45,7 @@ MODULES = {module.name: module for module in map(read, sorted((ROOT / "minillm")
 LEVELS = {
     "minillm.errors": 0,
     "minillm.atomic": 0,
+    "minillm.hub": 0,
     "minillm.placement": 0,
     "minillm.memory": 0,
     "minillm.config": 0,
@@ -62,6 +63,7 @@ LEVELS = {
     "minillm.checkpoint": 3,  # load, save: they know the model and its quantised layers
     "minillm.generation": 2,
     "minillm.lora": 2,
+    "minillm.prompt": 2,
     "minillm.quant": 2,
     "minillm.training": 4,
     "minillm.verify": 4,
@@ -71,7 +73,7 @@ LEVELS = {
     "minillm.cli": 5,
     "minillm": 5,  # __init__, which gathers the public names
 }
-BASE = ("minillm.errors", "minillm.config", "minillm.atomic", "minillm.placement", "minillm.memory")
+BASE = ("minillm.errors", "minillm.config", "minillm.atomic", "minillm.hub", "minillm.placement", "minillm.memory")
 #: The model can be read, copied and tested without the rest of the project.
 ALONE = {"minillm.model": (*BASE, "minillm.ops", "minillm.model")}
 

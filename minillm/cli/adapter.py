@@ -5,19 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from tyro.conf import Positional
 
 from minillm.atomic import write_atomically
+from minillm.checkpoint.families import read_json
 from minillm.checkpoint.load import load_model
 from minillm.cli.examine import check_folders
-from minillm.lora.describe import describe, tables
+from minillm.lora import describe as of_lora
+from minillm.prompt import describe as of_prompt
 
 
 @dataclass
 class Adapter:
-    """Ranks, scales and the spectrum of what an adapter (peft's format) adds to each weight.
+    """Ranks, scales and the spectrum of what an adapter (peft's format) adds to each weight; lengths and spectrum of
+    the virtual tokens of prompt tuning, P-tuning and prefix tuning.
 
     minillm adapter FOLDER: from its files alone
 
@@ -36,7 +40,9 @@ class Adapter:
 
     def run(self) -> None:
         check_folders(self.json)
-        found = describe(self.folder, None if self.base is None else load_model(self.base))
-        Console(highlight=False).print(tables(found, self.folder))
+        is_prompt = of_prompt.is_prompt(read_json(self.folder / of_prompt.CONFIG))
+        kind: Any = of_prompt if is_prompt else of_lora  # modules of one form
+        found = kind.describe(self.folder, None if self.base is None else load_model(self.base))
+        Console(highlight=False).print(kind.tables(found, self.folder))
         if self.json is not None:
             write_atomically(self.json, dumps(found.as_json(), indent=1) + "\n")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from minillm.config import DecoderConfig
 from minillm.errors import InputError
@@ -18,6 +19,8 @@ from minillm.model.heads import ScalarHead
 from minillm.model.linear import Linear, times
 from minillm.model.norms import make_norm
 from minillm.model.rope import Rotary
+
+Contexts = Callable[[], tuple[AbstractContextManager[object], AbstractContextManager[object]]]
 
 
 class Decoder(nn.Module):
@@ -51,6 +54,9 @@ class Decoder(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         #: Whether training keeps only the blocks' inputs and computes the rest again backward (arXiv 1604.06174).
         self.recompute = False
+        #: For each block: what it runs in, and what it runs in when it is computed again; whoever changes what a block
+        #: does between the two passes sets it. Default: nothing.
+        self.contexts: Contexts = noop_context_fn
         #: What the checkpoint's generation_config.json says; `minillm.generate` starts from it.
         self.generation_defaults: Mapping[str, object] = {}
 
@@ -85,9 +91,10 @@ class Decoder(nn.Module):
         x = tokens if tokens.is_floating_point() else self.embed(tokens)
         rotation = None if self.rotary is None else self.rotary(positions[:, past:], x.dtype)  # positions (B or 1, S)
         mask = self._mask(_visible(keep, segments, queries, past + queries, tokens.device), positions, queries, x.dtype)
+        again = noop_context_fn if torch.compiler.is_compiling() else self.contexts  # a compiled block is what it was
         for layer, block in enumerate(self.blocks):
             if self.recompute and self.training and cache is None:
-                x = checkpoint(block, x, rotation, mask, None, use_reentrant=False)
+                x = checkpoint(block, x, rotation, mask, None, use_reentrant=False, context_fn=again)
             else:
                 x = block(x, rotation, mask, None if cache is None else cache.layer(layer))
         if cache is not None:

@@ -150,7 +150,7 @@ def test_misuse_names_the_argument() -> None:
     inputs = (case.q, case.k, case.v, case.q)
     with pytest.raises(ValueError, match="dy has shape"):
         attention_training.gradients(inputs, sums, case.dy[:, :1])
-    with pytest.raises(TypeError, match="^dy is "):
+    with pytest.raises(TypeError, match=r"^dy is "):
         attention_training.gradients(inputs, sums, case.dy.bfloat16())
     with pytest.raises(ValueError, match="statistics has shape"):
         attention_training.gradients(inputs, sums[:, :1], case.dy)
