@@ -3,6 +3,8 @@
 #if defined(__x86_64__)
 
 #include "attention_numbers.h"
+
+// what is done with a dword comes first
 #include "attention_tile.h"
 
 namespace minillm {

@@ -3,6 +3,8 @@
 #if defined(__x86_64__)
 
 #include "attention_numbers_bf16.h"
+
+// what is done with a dword comes first
 #include "attention_tile.h"
 
 namespace minillm {

@@ -2,8 +2,10 @@
 
 #if defined(__x86_64__)
 
-#include "attention_backward_tile.h"
 #include "attention_numbers_bf16.h"
+
+// what is done with a dword comes first
+#include "attention_backward_tile.h"
 
 namespace minillm {
 
