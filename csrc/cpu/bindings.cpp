@@ -34,6 +34,7 @@ void linear(Address x, int dtype, int64_t M, int64_t K, float threshold, const s
 void bind_adamw8(py::module_& m);     // bind_adamw8.cpp
 void bind_attention(py::module_& m);  // bind_attention.cpp
 void bind_block(py::module_& m);      // bind_block.cpp
+void bind_matmul(py::module_& m);     // bind_matmul.cpp
 void bind_nf4(py::module_& m);        // bind_nf4.cpp
 void bind_step(py::module_& m);       // bind_step.cpp
 
@@ -47,6 +48,7 @@ PYBIND11_MODULE(_cpu, m) {
     });
     m.def("best_isa", [] { return static_cast<int>(best()); });
     bind_block(m);
+    bind_matmul(m);
 
     m.def("int8_linear", &linear, NoGil());
     m.def(

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA and its kin) on any linear and embedding: float, int8 or NF4.
 
-Reading order: config, layer, init, targets, inject, merge, peft_config, sites, fused, peft_format.
+Reading order: config, choice, layer, init, patterns, targets, inject, merge, peft_config, sites, fused, peft_format.
 """
 
 from minillm.lora.config import ALL_LINEAR, LoraConfig

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.checkpoint.weight_map import Rule
-from minillm.lora.layer import Adapter, float_weight, lengths, unwrapped
-from minillm.lora.sites import outputs
+from minillm.lora.layer import Adapter, float_weight, lengths, shape_of, unwrapped
 
 
 @dataclass
@@ -47,7 +46,7 @@ def join(rule: Rule, parts: Sequence[Factors | None], layers: Sequence[nn.Module
     layers: the linears. None: not adapted, so that B and its bias are zero there and the magnitude is |W|.
     """
     given = [each for each in parts if each is not None]
-    first, rows = given[0], [outputs(each) for each in layers]
+    first, rows = given[0], [shape_of(each)[0] for each in layers]
     scale = next((each.scale for each in given if each.scale), 1.0)
     biases, magnitudes = ([None if x is None else getattr(x, kind) for x in parts] for kind in ("bias", "magnitude"))
     bias = _vectors(rule, biases, lambda place: first.b.new_zeros(rows[place]))

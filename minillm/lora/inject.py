@@ -7,32 +7,26 @@
     remove(model, "a")                                              the last one leaves the model as it was
 
 The base is frozen and never changed. Layers are wrapped in place (`minillm.lora.layer`), so every kind of linear and
-every family takes adapters alike. A choice has to last until the backward pass is done where blocks are computed again
-for that (`Decoder.recompute`): they look at it again.
+every family takes adapters alike. Blocks that are computed again for the gradient (`Decoder.recompute`) run through the
+adapters of their forward pass, whatever has been chosen since.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import noop_context_fn
 
 from minillm.errors import InputError, nearest
+from minillm.lora.choice import state_of
 from minillm.lora.config import LoraConfig, settings
-from minillm.lora.init import fresh
-from minillm.lora.layer import (
-    Adapted,
-    Choice,
-    LoraEmbedding,
-    LoraLinear,
-    Retrained,
-    float_weight,
-    row_norms,
-    unwrapped,
-)  # fmt: skip
+from minillm.lora.init import FROM_WEIGHT, fresh, share
+from minillm.lora.layer import Adapted, LoraEmbedding, LoraLinear, Retrained, unwrapped
 from minillm.lora.targets import fused_targets, names, pattern_value, retrained, targets
 from minillm.model import Decoder
 
@@ -59,91 +53,83 @@ def add(
     chosen, anew = targets(model, config), retrained(model, config)
     if model.config.tied_embeddings and "embed" in anew:
         raise InputError("the embedding is tied to the head and cannot be retrained alone; take it out of retrain")
-    choice, theirs = _choice(model), names(model)
+    state = state_of(model)
     with or_as_before(model, name):
         with disabled(model):  # what starts from a weight starts from the base's
-            for module in chosen:
-                _adapt(model, module, (module, theirs.get(module, module)), name, config, generator, choice)
-            for parts in fused_targets(model, config):
-                _share(model, parts, name, config)
+            _adapt(model, chosen, name, config, generator)
         for module in anew:
-            _retrain(model, module, name, None, choice)
+            _retrain(model, module, name, None)
         if config.biases != "none":
-            _retrain_biases(model, name, chosen, config.biases == "all", choice)
-        _configs(model)[name] = config
+            _retrain_biases(model, name, chosen, config.biases == "all")
+        state.configs[name] = config
+        model.contexts = state.choice.contexts
         activate(model, name)
     return chosen
 
 
 @contextlib.contextmanager
-def or_as_before(model: nn.Module, name: str) -> Iterator[None]:
+def or_as_before(model: Decoder, name: str) -> Iterator[None]:
     """Where what is done here fails, adapter `name` is off again, and chosen and trained is what was before."""
-    chosen, trained = _choice(model).active, [x for x in model.parameters() if x.requires_grad]
-    if not adapters(model):
-        model.__dict__["_lora_trained"] = [each for each, x in model.named_parameters() if x.requires_grad]
+    state = state_of(model)
+    chosen, trained = state.choice.active, [x for x in model.parameters() if x.requires_grad]
+    if not state.configs:
+        state.trained = tuple(each for each, x in model.named_parameters() if x.requires_grad)
     try:
         yield
     except BaseException:
         _take_off(model, name)
-        _choice(model).active = chosen
+        state.choice.active = chosen
         model.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
         raise
 
 
-def _adapt(  # one call, one caller
-    model: Decoder,
-    module: str,
-    called: tuple[str, str],
-    name: str,
-    config: LoraConfig,
-    generator: torch.Generator | None,
-    choice: Choice,
+def _adapt(
+    model: Decoder, chosen: Sequence[str], name: str, config: LoraConfig, generator: torch.Generator | None
 ) -> None:
-    layer = model.get_submodule(module)
-    if not isinstance(layer, Adapted):
-        kind = LoraEmbedding if isinstance(unwrapped(layer), nn.Embedding) else LoraLinear
-        layer = _wrap(model, module, kind(layer, choice))
+    theirs = names(model)
+    sizes = {module: _size(config, (module, theirs.get(module, module))) for module in chosen}
+    fused = [parts for parts in fused_targets(model, config) if len({sizes[part] for part in parts.modules}) == 1]
+    within = {module for parts in fused for module in parts.modules}
+    shared = replace(config, init="kaiming") if config.init in FROM_WEIGHT else config  # their start is the whole's
+    for module in chosen:
+        layer = model.get_submodule(module)
+        if not isinstance(layer, Adapted):
+            kind = LoraEmbedding if isinstance(unwrapped(layer), nn.Embedding) else LoraLinear
+            layer = _wrap(model, module, kind(layer, state_of(model).choice))
+        layer.adapters[name] = fresh(layer, *sizes[module], shared if module in within else config, generator)
+    for parts in fused:
+        share(parts.rule, [model.get_submodule(module) for module in parts.modules], name, config.init)
+
+
+def _size(config: LoraConfig, called: tuple[str, str]) -> tuple[int, float]:
+    """R and s of a module by its names."""
     rank = pattern_value(config.rank_pattern, called, config.rank)
-    scale = config.scale(rank, pattern_value(config.alpha_pattern, called, config.alpha))
-    layer.adapters[name] = fresh(layer, rank, scale, config, generator)
+    return rank, config.scale(rank, pattern_value(config.alpha_pattern, called, config.alpha))
 
 
-def _share(model: Decoder, parts: Sequence[str], name: str, config: LoraConfig) -> None:
-    """One A for linears that are one weight in the checkpoint's format and were named by it."""
-    if config.init in ("pissa", "olora"):
-        raise InputError(f"{config.init} of a fused weight needs the whole; name q_proj, k_proj and v_proj")
-    layers: list[Any] = [model.get_submodule(part) for part in parts]
-    first = layers[0].adapters[name]
-    for layer in layers[1:]:
-        own = layer.adapters[name]
-        own.a = first.a
-        if own.magnitude is not None:
-            own.magnitude = nn.Parameter(row_norms(float_weight(layer.base, own.a.dtype), own).detach())
-
-
-def _retrain(model: Decoder, module: str, name: str, parameters: Sequence[str] | None, choice: Choice) -> None:
+def _retrain(model: Decoder, module: str, name: str, parameters: Sequence[str] | None) -> None:
     """parameters: None means all of the module's."""
     layer: Any = model.get_submodule(module)
     if isinstance(layer, Adapted):  # beneath the adapters: their base
         module, layer = f"{module}.base", layer.base
     if any(True for _ in layer.children()) and not isinstance(layer, Retrained):
         raise InputError(f"{module} has modules within and cannot be retrained as one; name those")
-    if parameters is None and hasattr(layer, "dequantised"):
+    if parameters is None and hasattr(unwrapped(layer), "dequantised"):
         raise InputError(f"{module} is quantised and cannot be retrained; leave it in floating point or adapt it")
     if not isinstance(layer, Retrained):
-        layer = _wrap(model, module, Retrained(layer, choice))
+        layer = _wrap(model, module, Retrained(layer, state_of(model).choice))
     if name not in layer.adapters:  # else all of it is retrained, its bias too
         layer.own(name, [each for each, _ in layer.base.named_parameters()] if parameters is None else parameters)
 
 
-def _retrain_biases(model: Decoder, name: str, chosen: Sequence[str], everywhere: bool, choice: Choice) -> None:
+def _retrain_biases(model: Decoder, name: str, chosen: Sequence[str], everywhere: bool) -> None:
     owners = [each.rpartition(".")[0] for each, _ in model.named_parameters() if each.endswith(".bias")]
     bases = {owner.replace(".base", "") for owner in owners if ".adapters." not in owner}
     for module in sorted(bases):
         if everywhere or module in chosen:
-            _retrain(model, module, name, ["bias"], choice)
+            _retrain(model, module, name, ["bias"])
 
 
 def _wrap(model: nn.Module, module: str, layer: Any) -> Any:
@@ -160,13 +146,13 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Adapted | Retrained]]:
 
 def adapters(model: nn.Module) -> list[str]:
     """Names of the adapters on the model, in the order they came."""
-    return list(_configs(model))
+    return list(state_of(model).configs)
 
 
 def config_of(model: nn.Module, name: str) -> LoraConfig:
     """The settings of an adapter; InputError where there is none of that name."""
     _check(model, [name])
-    return _configs(model)[name]
+    return state_of(model).configs[name]
 
 
 def activate(model: nn.Module, *chosen: str) -> None:
@@ -175,7 +161,7 @@ def activate(model: nn.Module, *chosen: str) -> None:
     Modules that several of them retrain are the last one's.
     """
     _check(model, chosen)
-    _choice(model).active = tuple(dict.fromkeys(chosen))
+    state_of(model).choice.active = tuple(dict.fromkeys(chosen))
     model.requires_grad_(False)
     for parameter in parameters(model, *chosen):
         parameter.requires_grad_(True)
@@ -196,7 +182,7 @@ def parameters(model: nn.Module, *chosen: str) -> list[nn.Parameter]:
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """While it lasts the model is its base, bit for bit: the reference of DPO and PPO."""
-    choice = _choice(model)
+    choice = state_of(model).choice
     before, choice.enabled = choice.enabled, False
     try:
         yield
@@ -216,7 +202,7 @@ def for_rows(model: nn.Module, chosen: Sequence[str | None]) -> Iterator[None]:
         for name in named if isinstance(layer, Retrained) else ():
             if name in layer.adapters:
                 raise InputError(f"adapter {name!r} retrains {path}, which cannot be for single rows; activate it")
-    choice = _choice(model)
+    choice = state_of(model).choice
     before, choice.rows = choice.rows, tuple(chosen)
     try:
         yield
@@ -224,43 +210,34 @@ def for_rows(model: nn.Module, chosen: Sequence[str | None]) -> Iterator[None]:
         choice.rows = before
 
 
-def remove(model: nn.Module, name: str) -> None:
+def remove(model: Decoder, name: str) -> None:
     """Take an adapter off; layers without any are what they were before, and so is what is trained without adapters."""
     _check(model, [name])
     _take_off(model, name)
-    if not _configs(model):
+    if not state_of(model).configs:
         unfreeze(model)
 
 
 def unfreeze(model: nn.Module) -> None:
     """Have the parameters of the base trained again that were before the first adapter came."""
-    parameters = dict(model.named_parameters())
-    for name in model.__dict__.pop("_lora_trained", ()):
-        if name in parameters:
+    parameters, state = dict(model.named_parameters()), state_of(model)
+    for name in state.trained:
+        if name in parameters and parameters[name].is_floating_point():  # else it has been quantised since
             parameters[name].requires_grad_(True)
+    state.trained = ()
 
 
-def _take_off(model: nn.Module, name: str) -> None:
-    choice = _choice(model)
-    choice.active = tuple(each for each in choice.active if each != name)
+def _take_off(model: Decoder, name: str) -> None:
+    state = state_of(model)
+    state.choice.active = tuple(each for each in state.choice.active if each != name)
     for path, layer in reversed(list(layers(model))):  # inner ones first
         if name in layer.adapters:
             del layer.adapters[name]
         if not layer.adapters:
             _wrap(model, path, layer.base)
-    _configs(model).pop(name, None)
-
-
-def _choice(model: nn.Module) -> Choice:
-    """The one that all wrapped layers of the model share."""
-    found: Choice = model.__dict__.setdefault("_lora_choice", Choice())
-    return found
-
-
-def _configs(model: nn.Module) -> dict[str, LoraConfig]:
-    """Adapter -> settings; kept on the model, so that a copy of it has its own."""
-    found: dict[str, LoraConfig] = model.__dict__.setdefault("_lora_configs", {})
-    return found
+    state.configs.pop(name, None)
+    if not state.configs:
+        model.contexts = noop_context_fn
 
 
 def _check(model: nn.Module, chosen: Sequence[str]) -> None:

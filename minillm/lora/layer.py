@@ -11,13 +11,13 @@ for PiSSA and OLoRA: where those take s B0 A0 out of W, we subtract s B0 A0 x fr
 share one `Choice`: which adapters are active, or which for each row of the batch.
 
 Adapters are kept in fp32 beside a 16-bit base, as gradient steps are too small for 16 bits; x is cast to fp32 for them
-and the sum to the base's format, as in peft.
+and the sum to the base's format, as in peft. `model.to(bfloat16)` and `.half()` cast the base alone (peft casts all);
+`.double()` widens both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,24 +25,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-
-@dataclass
-class Choice:
-    """What the layers of one model do, until it is changed.
-
-    active: adapters that are added up. rows: the adapter of each row of the batch instead, None for the base alone.
-    """
-
-    active: tuple[str, ...] = ()
-    rows: tuple[str | None, ...] | None = None
-    enabled: bool = True
-
-    def names(self) -> tuple[str, ...]:
-        """The active ones; none while adapters are disabled."""
-        return self.active if self.enabled else ()
+from minillm.lora import as_one
+from minillm.lora.choice import Choice
 
 
-class Adapter(nn.Module):
+class Wide(nn.Module):
+    """Parameters that a cast of the model to 16 bits leaves in fp32."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Wide:
+        def apply(x: Tensor) -> Tensor:
+            y = fn(x)
+            wide = torch.promote_types(y.dtype, torch.float32)
+            return y if y.dtype in (x.dtype, wide) else x.to(y.device, wide)
+
+        super()._apply(apply, recurse)
+        return self
+
+
+class Adapter(Wide):
     """A (R, K) and B (N, R) of one layer, with what goes with them; `forward` is s (B A drop(x) + b) (..., N)."""
 
     start_a: Tensor | None
@@ -133,7 +133,14 @@ class LoraLinear(Adapted):
         found: Tensor | None = self.base.bias  # type: ignore[assignment]
         return found
 
+    @staticmethod
+    def together(linears: Sequence[LoraLinear], x: Tensor) -> Sequence[Tensor]:
+        """Several layers of one x; see `minillm.model.linear.project`."""
+        return as_one.linears(linears, x) if as_one.serves(linears, x) else [linear(x) for linear in linears]
+
     def forward(self, x: Tensor) -> Tensor:
+        if as_one.serves([self], x):
+            return as_one.linears([self], x)[0]
         y: Tensor = self.base(x)
 
         def change(adapter: Adapter, rows: Sequence[int] | slice) -> Tensor:
@@ -185,17 +192,24 @@ class LoraEmbedding(Adapted):
         return self._add(self.base(tokens), change)
 
 
+class Own(Wide, nn.ParameterDict):
+    """The parameters that one adapter trains anew, by their names in the base."""
+
+
 class Retrained(nn.Module):
-    """A module some of whose parameters an adapter trains anew; the base keeps its own."""
+    """A module some of whose parameters an adapter trains anew; the base keeps its own.
+
+    It has no `native` form: a whole block in one call (`minillm.model.step`) would pass this layer over.
+    """
 
     def __init__(self, base: nn.Module, choice: Choice) -> None:
         super().__init__()
         self.base, self.choice = base, choice
-        self.adapters = nn.ModuleDict()  # name -> ParameterDict of the base's parameter names
+        self.adapters = nn.ModuleDict()  # name -> Own
 
     def own(self, name: str, parameters: Sequence[str]) -> None:
         """Give adapter `name` copies of these parameters to train."""
-        own = nn.ParameterDict()
+        own = Own()
         for each in parameters:
             x = self.base.get_parameter(each).detach()
             own[each] = nn.Parameter(x.to(torch.promote_types(x.dtype, torch.float32)).clone())
@@ -214,22 +228,37 @@ class Retrained(nn.Module):
         replaced = self._replaced()
         return functional_call(self.base, replaced, inputs) if replaced else self.base(*inputs)
 
-    def __getattr__(self, name: str) -> Any:
-        """What it is asked for and has not itself (weight, bias, shape ...), the base has."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "native":  # a whole block in one call (`minillm.model.step`) would pass this layer over
-                raise
-            replaced = self._replaced()
-            return replaced[name] if name in replaced else getattr(self._modules["base"], name)
+    @property
+    def weight(self) -> Tensor:
+        """The active adapter's, else the base's: for a head tied to it, adapters around it, and who asks its format."""
+        found: Tensor = self._replaced().get("weight", self.base.weight)  # type: ignore[arg-type]
+        return found
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The active adapter's, else the base's."""
+        found: Tensor | None = self._replaced().get("bias", self.base.bias)  # type: ignore[arg-type]
+        return found
+
+    @property
+    def stays_float(self) -> bool:
+        """Whether the base cannot be quantised: an adapter has a weight in its place (`quantize_linears` asks)."""
+        return any("weight" in own for own in self.adapters.values())  # type: ignore[operator]
 
 
 def float_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """W of a linear or table in floating point, (N, K); dequantised where it is quantised."""
     layer: Any = base
-    weight: Tensor = layer.dequantised(dtype) if hasattr(layer, "dequantised") else layer.weight.detach().to(dtype)
+    inner: Any = unwrapped(base)
+    weight: Tensor = inner.dequantised(dtype) if hasattr(inner, "dequantised") else layer.weight.detach().to(dtype)
     return weight
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of a linear, (V, D) of a table; adapted and quantised ones too."""
+    inner: Any = unwrapped(module)
+    rows, columns = inner.shape if hasattr(inner, "dequantised") else inner.weight.shape
+    return int(rows), int(columns)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

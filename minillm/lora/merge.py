@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import noop_context_fn
 
 from minillm.errors import InputError
-from minillm.lora.inject import _check, _configs, layers, unfreeze
+from minillm.lora.choice import state_of
+from minillm.lora.inject import _check, layers, unfreeze
 from minillm.lora.layer import Adapted, Adapter, LoraEmbedding, LoraLinear, Retrained, float_weight, lengths
 from minillm.model import Decoder
 from minillm.model.linear import Linear, make_linear
@@ -51,9 +53,8 @@ def merged(model: Decoder, *, dtype: torch.dtype | None = None, tokens: Tensor |
     dtype: of merged layers whose base is quantised; by default that of the embedding. tokens (B, T): compare the logits
     of both models on these. Raises InputError where adapters are chosen by row or none is active.
     """
-    found = list(layers(model))
-    choice = found[0][1].choice if found else None
-    if choice is None or not choice.names() or choice.rows is not None:
+    choice = state_of(model).choice
+    if not choice.names() or choice.rows is not None:
         raise InputError("no adapter is active for the whole batch; activate those that shall be merged")
     _check(model, choice.names())
     memo: dict[int, object] = {id(x): nn.Parameter(x.detach(), requires_grad=False) for x in _bases(model)}
@@ -64,10 +65,10 @@ def merged(model: Decoder, *, dtype: torch.dtype | None = None, tokens: Tensor |
         plain = _trained(layer) if isinstance(layer, Retrained) else _merged_layer(layer, kind, made, name, report)
         parent, _, leaf = name.rpartition(".")
         setattr(made.get_submodule(parent), leaf, plain)
-    _configs(made).clear()
-    made.__dict__.pop("_lora_choice")
     made.eval()
     unfreeze(made)
+    vars(made).pop("_lora")
+    made.contexts = noop_context_fn
     if tokens is None:
         return Merged(made, report, None, None)
     difference = (_logits(model, tokens) - _logits(made, tokens)).abs()

@@ -32,18 +32,22 @@ from minillm.errors import CheckpointError, InputError, nearest
 from minillm.lora.config import LoraConfig
 from minillm.lora.fused import Factors, factors, join, split
 from minillm.lora.inject import adapters, add, config_of, or_as_before
-from minillm.lora.layer import Adapter, LoraEmbedding
+from minillm.lora.layer import Adapter, LoraEmbedding, shape_of
 from minillm.lora.peft_config import from_peft, to_peft
-from minillm.lora.sites import PREFIX, Site, outputs, sites, slots
+from minillm.lora.sites import PREFIX, Site, sites, slots
 from minillm.model import Decoder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _RANKS = "minillm.ranks"  # metadata: module -> rows of A of each linear that is fused in it
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _DEFAULT_TARGETS = {"falcon": ("query_key_value",)}
 
 
 def save(model: Decoder, folder: str | os.PathLike[str], *, name: str = "default", base: str = "") -> None:
-    """Write an adapter as a folder that peft loads; base: the id or folder of the model it belongs to."""
+    """Write an adapter as a folder that peft loads; base: the id or folder of the model it belongs to.
+
+    Raises CheckpointError where the folder is a file or cannot be written.
+    """
     config, folder = config_of(model, name), Path(folder)
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, float]] = {}  # module -> rank, alpha
@@ -62,7 +66,10 @@ def save(model: Decoder, folder: str | os.PathLike[str], *, name: str = "default
     task = "CAUSAL_LM" if model.config.head == "lm" else "SEQ_CLS"
     settings = to_peft(config, shapes, retrain, base=base, task=task)
     metadata = {"format": "pt"} | ({_RANKS: json.dumps(ranks)} if ranks else {})
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error.strerror}); choose another") from error
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     from safetensors.torch import save as safetensors_bytes  # here, as importing minillm shall cost little
 
@@ -103,15 +110,22 @@ def _check_rank(config: LoraConfig, found: Mapping[str, Tensor], where: str) -> 
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """All tensors, and the ranks of fused parts."""
+    """All tensors, and the ranks of fused parts; CheckpointError for numbers that no adapter has.
+
+    DoRA's magnitudes may have any sign: they are trained freely, and a row that is turned round is still one.
+    """
     file = SafetensorsFile(path)  # checks the header
     try:
         found = {key: file.read(key) for key in file.layout}
     finally:
         file.close()
     for key, value in found.items():
-        if not value.is_floating_point():
-            raise CheckpointError(f"{path}: {key} is {value.dtype}; adapters are in floating point, save it again")
+        if value.dtype not in _DTYPES:
+            raise CheckpointError(f"{path}: {key} is {value.dtype}; adapters are in 16 bits or more, save it again")
+        if not value.numel():
+            raise CheckpointError(f"{path}: {key} has no numbers; the adapter is broken, get or save it again")
+        if not bool(value.float().isfinite().all()):
+            raise CheckpointError(f"{path}: {key} holds a NaN or infinity; the training that made it went wrong")
     from safetensors import safe_open
 
     with safe_open(path, "pt") as opened:
@@ -162,7 +176,11 @@ def _check(site: Site, whole: Factors, ranks: Sequence[int] | None, where: str) 
     if ranks is not None and len(ranks) != len(site.layers):
         raise CheckpointError(f"{where}: its metadata {_RANKS} are broken; save the adapter again")
     rank = first.rank if ranks is None else sum(ranks)
-    rows = sum(map(outputs, site.layers)) if not isinstance(site.layers[0], LoraEmbedding) else first.b.shape[0]
+    rows = (
+        sum(shape_of(each)[0] for each in site.layers)
+        if not isinstance(site.layers[0], LoraEmbedding)
+        else first.b.shape[0]
+    )
     expected = {"a": (rank, first.a.shape[1]), "b": (rows, rank), "bias": (rows,), "magnitude": (rows,)}
     for part, key in site.keys().items():
         shape = tuple(getattr(whole, part).shape)

@@ -79,12 +79,6 @@ def _has(layer: nn.Module, name: str) -> bool:
     return isinstance(layer, Adapted) and name in layer.adapters
 
 
-def outputs(layer: nn.Module) -> int:
-    """N of a linear, adapted or not."""
-    base: Any = layer.base if isinstance(layer, Adapted) else layer
-    return int((base.shape if hasattr(base, "dequantised") else base.weight.shape)[0])
-
-
 def slots(model: Decoder, name: str) -> dict[str, Slot]:
     """Key in the file -> where the parameters of retrained modules are."""
     found = {}

@@ -6,14 +6,14 @@ name of three modules here.
 
 Rules as in peft 0.21 (tuners_utils.py, `check_target_module_exists`): a list entry is a whole name or its end after a
 dot; a single string must match whole; what lies within a retrained module is never a target. Where we differ: a target
-that fits nothing is an error with the nearest names, and patterns that could take for ever are refused.
+that fits nothing is an error with the nearest names, and no pattern takes for ever (`minillm.lora.patterns`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -22,11 +22,11 @@ from minillm.checkpoint.weight_map import Rule
 from minillm.errors import InputError, nearest
 from minillm.lora.config import ALL_LINEAR, LoraConfig
 from minillm.lora.layer import Adapted, Retrained, unwrapped
+from minillm.lora.patterns import compiled
 from minillm.model import Decoder
 
 #: The number of its block, as peft finds it: the first number between dots that has a name and a part before it.
 _BLOCK = re.compile(r".*?\.[^.]*\.(\d+)\.")
-_LONGEST_PATTERN, _MOST_REPETITIONS, _MOST_OPTIONS = 4096, 6, 4
 
 
 def rules_of(model: Decoder) -> list[Rule]:
@@ -89,14 +89,21 @@ def targets(model: Decoder, config: LoraConfig) -> list[str]:
     return left
 
 
-def fused_targets(model: Decoder, config: LoraConfig) -> list[tuple[str, ...]]:
+class Fused(NamedTuple):
+    """Linears, by our names, that are one weight in the checkpoint's format."""
+
+    rule: Rule
+    modules: tuple[str, ...]
+
+
+def fused_targets(model: Decoder, config: LoraConfig) -> list[Fused]:
     """Linears that are one weight in the checkpoint's format and are named by it: q, k and v of a Falcon."""
     chosen, found = set(targets(model, config)), []
     for rule in rules_of(model):
         parts = tuple(ours.removesuffix(".weight") for ours in rule.ours)
         named = config.targets == ALL_LINEAR or _is_named(rule.theirs.removesuffix(".weight"), config.targets)
         if len(parts) > 1 and named and chosen.issuperset(parts):
-            found.append(parts)
+            found.append(Fused(rule, parts))
     return found
 
 
@@ -125,15 +132,15 @@ def pattern_value(pattern: Mapping[str, Any], called: Iterable[str], default: An
     2
     """
     for key, value in pattern.items():
-        check_pattern(key)
-        if any(re.match(rf"(.*\.)?({key})$", name) for name in called):
+        compiled(key)  # by itself, for what it says of errors
+        if any(compiled(rf"(.*\.)?({key})$").matches(name) for name in called):
             return value
     return default
 
 
 def _is_named(name: str, patterns: str | tuple[str, ...]) -> bool:
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        return compiled(patterns).matches(name)
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
@@ -148,46 +155,9 @@ def _block(name: str) -> int | None:
 
 def _check_each(patterns: str | tuple[str, ...], called: Mapping[str, tuple[str, ...]], what: str) -> None:
     """Every pattern fits some name."""
-    if isinstance(patterns, str):
-        check_pattern(patterns)
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         asked: str | tuple[str, ...] = patterns if isinstance(patterns, str) else (pattern,)
         if not any(_is_named(each, asked) for both in called.values() for each in both):
             leaves = {each.rpartition(".")[2] for both in called.values() for each in both}
             hint = nearest(pattern, leaves) or f"; there are {', '.join(sorted(leaves))}"
             raise InputError(f"{what} {pattern!r} fits no layer of this model{hint}")
-
-
-def check_pattern(pattern: str) -> None:
-    """InputError for a regular expression that is none, or whose search could take for ever on the name of a module.
-
-    A repeated group with repetitions, options or alternatives in it can be tried in 2^n ways; n repetitions in a row in
-    n out of the name's length; so they are few. Patterns of real adapters have up to five.
-    """
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise InputError(f"pattern {pattern!r:.100} is no regular expression ({error}); correct it") from None
-    plain = re.sub(r"\\.", "x", pattern, flags=re.DOTALL)
-    plain = re.sub(r"\[\^?\]?[^\]]*\]", "x", plain)
-    plain = re.sub(r"\(\?", "(", plain)  # what kind of group it is
-    repetitions, options = len(re.findall(r"[*+{]", plain)), len(re.findall(r"(?<![*+}])\?", plain))
-    if len(pattern) > _LONGEST_PATTERN or repetitions > _MOST_REPETITIONS or options > _MOST_OPTIONS:
-        raise InputError(f"pattern {pattern!r:.100} is so long that it could take for ever; write it plainly")
-    if any(_repeats_choices(plain)):
-        raise InputError(f"pattern {pattern!r:.100} repeats a choice and could take for ever; write it plainly")
-
-
-def _repeats_choices(plain: str) -> Iterator[bool]:
-    """For each group: whether it is repeated and has a repetition, an option or an alternative in it."""
-    open_groups: list[bool] = []
-    for place, sign in enumerate(plain):
-        if sign == "(":
-            open_groups.append(False)
-        elif sign == ")" and open_groups:
-            chooses = open_groups.pop()
-            yield chooses and plain[place + 1 :].lstrip()[:1] in ("*", "+", "{")
-            if open_groups:
-                open_groups[-1] |= chooses
-        elif sign in "*+{?|" and open_groups:
-            open_groups[-1] = True

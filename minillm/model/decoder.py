@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,10 +92,10 @@ class Decoder(nn.Module):
         x = tokens if tokens.is_floating_point() else self.embed(tokens)
         rotation = None if self.rotary is None else self.rotary(positions[:, past:], x.dtype)  # positions (B or 1, S)
         mask = self._mask(_visible(keep, segments, queries, past + queries, tokens.device), positions, queries, x.dtype)
-        again = noop_context_fn if torch.compiler.is_compiling() else self.contexts  # a compiled block is what it was
+        again: Any = {} if torch.compiler.is_compiling() else {"context_fn": self.contexts}  # it stays as compiled
         for layer, block in enumerate(self.blocks):
             if self.recompute and self.training and cache is None:
-                x = checkpoint(block, x, rotation, mask, None, use_reentrant=False, context_fn=again)
+                x = checkpoint(block, x, rotation, mask, None, use_reentrant=False, **again)
             else:
                 x = block(x, rotation, mask, None if cache is None else cache.layer(layer))
         if cache is not None:

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import DecoderConfig
-from minillm.ops import block
+from minillm.ops import block, matmul
 from minillm.ops.step import Floating
 
 
 def times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b. A few rows, as in decoding, stream the weights through a kernel of our own: torch's leaves half of the
-    memory's speed unused there."""
+    memory's speed unused there. So do many rows in fp32, where torch's may leave half of the processor's unused."""
+    if matmul.serves(x, weight):
+        return matmul.linear(x, weight, bias)
     if block.streams(x) and weight.dtype == x.dtype and weight.is_contiguous():
         return block.linear(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -49,11 +51,11 @@ class SeparateBiasLinear(nn.Linear):
 def project(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     """Each linear of the same x: q, k and v; gate and up. A quantised kind rounds x once for all of them.
 
-    A kind that can do so has `together(linears, x)`. It is passed over under autograd, where a linear has hooks (they
-    want to see its own call), and where kinds differ, as when some are wrapped by an adapter.
+    A kind that can do so has `together(linears, x)`. It is passed over where a linear has hooks (they want to see its
+    own call), and where kinds differ, as when some are wrapped by an adapter.
     """
     together = getattr(type(linears[0]), "together", None)
-    if together is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if together is None or torch.compiler.is_compiling():
         return [linear(x) for linear in linears]
     if any(type(each) is not type(linears[0]) or each._forward_hooks or each._forward_pre_hooks for each in linears):
         return [linear(x) for linear in linears]

@@ -253,7 +253,7 @@ def linear(x: Tensor, weight: Weight, *, isa: str | None = None) -> Tensor:
     bias = weight.bias
     trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if trains or torch.compiler.is_compiling():
-        return _linear(x, bias, *_flat(weight), isa)
+        return _linear(x, bias, *flat(weight), isa)
     return _forward(x, weight, isa)
 
 
@@ -316,7 +316,8 @@ def _tiled(x: Tensor, weight: Weight, isa: str | None) -> Tensor:
 # --- the registered operator: tensors and sizes of a Weight, laid flat
 
 
-def _flat(weight: Weight) -> tuple[list[Tensor], list[int]]:
+def flat(weight: Weight) -> tuple[list[Tensor], list[int]]:
+    """As the registered operators take it: tensors, and (N, K, kind, block)."""
     layout = [*weight.shape, _KINDS.index(weight.kind), weight.block]
     return [weight.packed, weight.absmax, *(weight.nested or ())], layout
 

@@ -63,12 +63,17 @@ def quantize_linears(model: nn.Module, how: Quantisation | str) -> list[str]:
     """Swap the float linears of `model`, in place, one at a time; returns their names.
 
     Works on the meta device too: the layers are then filled as the checkpoint is read. Raises InputError where a name
-    in `skip` fits nothing: a layer would be quantised that was meant to stay.
+    in `skip` fits nothing: a layer would be quantised that was meant to stay. Beneath adapters the base is quantised,
+    named `....q_proj.base`, as if they had come later; InputError where an adapter retrains the weight itself.
     """
     how = Quantisation(how) if isinstance(how, str) else how
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     _check_skip(how.skip, [name for name, _ in model.named_modules()])
     chosen = [name for name in linears if not skipped(name, how.skip)]
+    for name in chosen:
+        owner = name.rpartition(".")[0]
+        if getattr(model.get_submodule(owner), "stays_float", False):
+            raise InputError(f"{owner} is retrained by an adapter; name it in skip, or take the adapter off first")
     swap(model, chosen, how)
     return chosen
 

@@ -78,11 +78,16 @@ class LinearInt8(nn.Module):
 
     @staticmethod
     def together(linears: Sequence[LinearInt8], x: Tensor) -> list[Tensor]:
-        """Several layers of one x, which is then quantised once; see `minillm.model.linear.project`. No gradient."""
+        """Several layers of one x, which is then quantised once (not under autograd); see `model.linear.project`."""
         threshold = linears[0].threshold
-        if any(linear.threshold != threshold for linear in linears):
+        if torch.is_grad_enabled() or any(linear.threshold != threshold for linear in linears):
             return [linear(x) for linear in linears]
         return int8.linears(x, [linear._weight(x) for linear in linears], threshold or math.inf)
+
+    def input_gradient(self, gradient: Tensor) -> Tensor:
+        """g (..., N) -> g W (..., K)."""
+        found: Tensor = int8.input_gradient(gradient, self.weight, self.scale)
+        return found
 
     def native(self) -> Int8:
         """As `minillm.model.step` takes it."""

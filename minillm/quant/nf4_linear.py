@@ -109,6 +109,11 @@ class LinearNF4(nn.Module):
         bias = self.bias
         return nf4.linear(x, self.quantised(bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)))
 
+    def input_gradient(self, gradient: Tensor) -> Tensor:
+        """g (..., N) -> g W (..., K)."""
+        found: Tensor = nf4.input_gradient(gradient, *nf4.flat(self.quantised()))
+        return found
+
     def native(self) -> nf4.Weight:
         """As `minillm.model.step` takes it."""
         return self.quantised(self.bias)

@@ -224,7 +224,7 @@ def test_gradients_are_those_of_the_dequantised_weight(dtype: torch.dtype, doubl
 @pytest.mark.parametrize("double", [False, True])
 def test_the_registered_operators_are_sound(double: bool) -> None:
     weight = weight_of((20, 200, 64), double=double, bias=torch.float32)
-    state, layout = nf4._flat(weight)
+    state, layout = nf4.flat(weight)
     torch.library.opcheck(nf4._linear, (numbers(5, 200).requires_grad_(), weight.bias, state, layout, None))
     torch.library.opcheck(nf4.input_gradient, (numbers(5, 20), state, layout))
 

@@ -80,13 +80,18 @@ FALCON: dict[str, dict[str, Any]] = {
     "retrained norm": {"target_modules": FUSED, "modules_to_save": ["ln_f"]},
     "biases": {"target_modules": FUSED, "bias": "all"},
     "biases of adapted": {"target_modules": [*FUSED, "dense"], "bias": "lora_only"},
+    "fused pissa": {"target_modules": FUSED, "init_lora_weights": "pissa", "r": 4},
+    "fused olora": {"target_modules": "all-linear", "init_lora_weights": "olora", "r": 4},
 }
+STARTS = ("fused pissa", "fused olora")
 CASES = [
     *[("llama", name, fields) for name, fields in LLAMA.items()],
     *[("llama_bias", name, fields) for name, fields in BIASED.items()],
     *[("falcon", name, fields) for name, fields in FALCON.items()],
     *[("falcon_new", name, FALCON[name]) for name in ("fused", "fused dora", "all linear", "fused bias of B")],
     *[("falcon_rw", name, FALCON[name]) for name in ("fused", "biases", "biases of adapted", "fused dora")],
+    *[("falcon_new", name, FALCON[name]) for name in STARTS],
+    *[("falcon_rw", name, FALCON[name]) for name in STARTS],
 ]
 #: Shapes by a short name.
 NAMES = {

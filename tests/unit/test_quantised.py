@@ -142,8 +142,8 @@ def test_together_is_each_alone(shape: str, monkeypatch: pytest.MonkeyPatch) -> 
             layer.register_forward_hook(lambda *_, name=name: seen.append(name))
         assert torch.equal(model(TOKENS), found)
         assert set(seen) == set(layers(model))
-    monkeypatch.setattr(linear_module, "project", lambda x, *linears: [linear(x) for linear in linears])
-    assert torch.equal(model(TOKENS), found)
+        monkeypatch.setattr(linear_module, "project", lambda x, *linears: [linear(x) for linear in linears])
+        assert torch.equal(model(TOKENS), found)
 
 
 def test_layers_of_unequal_thresholds_are_not_run_together() -> None:

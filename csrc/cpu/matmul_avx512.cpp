@@ -1,0 +1,132 @@
+// Matrix products for AVX-512, after Goto and van de Geijn (ACM TOMS 34:3, 2008): both factors are copied into panels
+// that a kernel reads from end to end.
+//
+//     a   panels of 14 rows:      [block of k][panel][k][14]      copied once, by all threads
+//     b   panels of 32 columns:   [panel][k][32]                  a task's own, block of k by block of k
+//
+// The kernel holds 14 x 32 sums in 28 registers; a step of k takes two vectors of b and 14 numbers of a for 28
+// multiply-adds. A task is `task_columns` columns of c and all of its rows: its b stays in the second-level cache, a
+// panel of a in the first.
+
+#if defined(__x86_64__)
+
+#include <algorithm>
+#include <cstring>
+
+#include "matmul.h"
+#include "parallel.h"
+#include "vectors_avx512.h"
+
+namespace minillm {
+namespace {
+
+constexpr int64_t lanes = 16;
+constexpr int64_t panel_rows = 14, panel_columns = 2 * lanes;
+constexpr int64_t depth = 256;  // of a block of k
+constexpr int64_t task_columns = 4 * panel_columns;
+
+thread_local Scratch a_memory, b_memory;
+
+int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Sixteen numbers of one row or column, `step` apart; beyond `count` zero, and not read.
+MINILLM_AVX512 inline __m512 gather(const float* x, int64_t step, int64_t count) {
+    if (step == 1) return _mm512_maskz_loadu_ps(first(count), x);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(step)));
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), first(count), index, x, 4);
+}
+
+// out[t][i] = x[i * across + t * along] for `width` places i, of which `count` are there, and `steps` t. Where
+// neighbours in t lie together, sixteen rows are read at once and transposed.
+template <int64_t width>
+MINILLM_AVX512 void copy_panel(const float* x, int64_t across, int64_t along, int64_t count, int64_t steps,
+                               float* out) {
+    if (along != 1 || across == 1) {
+        for (int64_t t = 0; t < steps; ++t, x += along, out += width)
+            for (int64_t i = 0; i < width; i += lanes) {
+                const int64_t there = std::clamp<int64_t>(count - i, 0, lanes);
+                const __m512 row = there ? gather(x + i * across, across, there) : _mm512_setzero_ps();
+                _mm512_mask_storeu_ps(out + i, first(width - i), row);
+            }
+        return;
+    }
+    for (int64_t i = 0; i < width; i += lanes)
+        for (int64_t t = 0; t < steps; t += lanes) {
+            __m512i r[lanes];
+            for (int64_t n = 0; n < lanes; ++n)
+                r[n] = i + n < count ? _mm512_maskz_loadu_epi32(first(steps - t), x + (i + n) * across + t)
+                                     : _mm512_setzero_si512();
+            transpose(r);
+            for (int64_t n = 0; n < std::min(lanes, steps - t); ++n)
+                _mm512_mask_storeu_epi32(out + (t + n) * width + i, first(width - i), r[n]);
+        }
+}
+
+// 14 x 32 numbers of c, of which rows x columns are there. A block of k is summed by itself and then added: shorter
+// sums have smaller errors.
+MINILLM_AVX512 void multiply_panels(const float* a, const float* b, int64_t steps, float* c, int64_t c_row,
+                                    int64_t rows, int64_t columns, bool add) {
+    __m512 sum[panel_rows][2];
+    MINILLM_UNROLL16
+    for (int i = 0; i < panel_rows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+    for (int64_t t = 0; t < steps; ++t, a += panel_rows, b += panel_columns) {
+        const __m512 low = _mm512_loadu_ps(b), high = _mm512_loadu_ps(b + lanes);
+        MINILLM_UNROLL16
+        for (int i = 0; i < panel_rows; ++i) {
+            const __m512 one = _mm512_set1_ps(a[i]);
+            sum[i][0] = _mm512_fmadd_ps(one, low, sum[i][0]);
+            sum[i][1] = _mm512_fmadd_ps(one, high, sum[i][1]);
+        }
+    }
+    const __mmask16 mask[2] = {first(columns), columns > lanes ? first(columns - lanes) : __mmask16(0)};
+    MINILLM_UNROLL16
+    for (int i = 0; i < panel_rows; ++i) {
+        if (i >= rows) continue;
+        MINILLM_UNROLL16
+        for (int v = 0; v < 2; ++v) {
+            float* at = c + i * c_row + v * lanes;
+            if (add) sum[i][v] = _mm512_add_ps(sum[i][v], _mm512_maskz_loadu_ps(mask[v], at));
+            _mm512_mask_storeu_ps(at, mask[v], sum[i][v]);
+        }
+    }
+}
+
+// The columns from `begin` to `end` of c, one block of k.
+void multiply_columns(const Matmul& x, const float* a, int64_t block, int64_t begin, int64_t end) {
+    const int64_t k = block * depth, steps = std::min(depth, x.K - k), panels = pieces(x.M, panel_rows);
+    float* b = b_memory.get<float>(task_columns * depth);
+    for (int64_t n = begin; n < end; n += panel_columns)
+        copy_panel<panel_columns>(x.b.at(k, n), x.b.column, x.b.row, end - n, steps, b + (n - begin) * depth);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t m = panel * panel_rows;
+        for (int64_t n = begin; n < end; n += panel_columns)
+            multiply_panels(a + (block * panels + panel) * panel_rows * depth, b + (n - begin) * depth, steps,
+                            x.c + m * x.c_row + n, x.c_row, std::min(panel_rows, x.M - m),
+                            std::min(panel_columns, end - n), x.add || block > 0);
+    }
+}
+
+}  // namespace
+
+void matmul_avx512(const Matmul& x, int threads) {
+    const int64_t panels = pieces(x.M, panel_rows), blocks = pieces(x.K, depth), tasks = pieces(x.N, task_columns);
+    float* a = a_memory.get<float>(blocks * panels * panel_rows * depth);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t number = 0; number < blocks * panels; ++number) {
+            const int64_t k = number / panels * depth, m = number % panels * panel_rows;
+            copy_panel<panel_rows>(x.a.at(m, k), x.a.row, x.a.column, std::min(panel_rows, x.M - m),
+                                   std::min(depth, x.K - k), a + number * panel_rows * depth);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; ++task)
+            for (int64_t block = 0; block < blocks; ++block)
+                multiply_columns(x, a, block, task * task_columns, std::min(x.N, (task + 1) * task_columns));
+    }
+}
+
+}  // namespace minillm
+
+#endif

@@ -1,0 +1,124 @@
+"""fp32 products by every variant against float64, by the rule of two; strides, edges, gradients, when they serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minillm.ops import matmul, native
+from tests.error import assert_rule_of_two
+
+ISAS = [isa for isa, runs in native.isas().items() if runs]
+compiled = pytest.mark.skipif(not native.available(), reason=f"minillm._cpu: {native.why_not()}")
+
+#: One number; panels and blocks of k full, cut, and one number over; long and short in each direction.
+SIZES = [
+    (1, 1, 1),
+    (14, 256, 32),
+    (15, 257, 33),
+    (13, 255, 31),
+    (100, 300, 130),
+    (3, 5, 7),
+    (129, 511, 257),
+    (70, 768, 96),
+]
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": lambda x: x.contiguous(),
+    "columns": lambda x: x.T.contiguous().T,
+    "gaps": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "rows with gaps": lambda x: torch.cat((x, x), dim=1)[:, : x.shape[1]],
+}
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@compiled
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_variant_is_the_product(isa: str, size: tuple[int, int, int]) -> None:
+    rows, depth, columns = size
+    a, b, c = drawn(rows, depth), drawn(depth, columns, seed=1), drawn(rows, columns, seed=2)
+    plain, exact = a @ b, a.double() @ b.double()
+    for of_a in LAYOUTS.values():
+        for of_b in LAYOUTS.values():
+            x, y = of_a(a), of_b(b)
+            assert torch.equal(x, a) and torch.equal(y, b)
+            assert_rule_of_two(matmul.product(x, y, isa=isa), plain, exact, isa)
+            total = c.clone()
+            assert matmul.product(x, y, add_to=total, isa=isa) is total
+            assert_rule_of_two(total, c + plain, c.double() + exact, f"{isa}, added")
+
+
+@compiled
+def test_threads_change_nothing() -> None:
+    a, b = drawn(100, 300), drawn(300, 500, seed=1)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(matmul.product(a, b, isa=ISAS[-1]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_a_linear_and_its_gradients() -> None:
+    x, w, b, g = (
+        drawn(2, 70, 96).requires_grad_(),
+        drawn(130, 96, seed=1),
+        drawn(130, seed=2),
+        drawn(2, 70, 130, seed=3),
+    )
+    leaves = [x, w.requires_grad_(), b.requires_grad_()]
+    found = [*torch.autograd.grad(matmul.linear(*leaves), leaves, g), matmul.linear(*leaves)]
+    plain = [*torch.autograd.grad(F.linear(*leaves), leaves, g), F.linear(*leaves)]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact = [*torch.autograd.grad(F.linear(*wide), wide, g.double()), F.linear(*wide)]
+    for name, *three in zip("dx dw db y".split(), found, plain, exact, strict=True):
+        assert_rule_of_two(*three, name)
+    only = torch.autograd.grad(matmul.linear(x, w.detach()), x, g)
+    assert torch.equal(only[0], found[0])
+
+
+@compiled
+@pytest.mark.skipif(not native.isas().get("avx512vnni"), reason="the kernel serves from AVX-512 on")
+def test_when_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_is_faster", lambda: True)
+    x, w = drawn(2, 40, 96), drawn(130, 96)
+    assert matmul.serves(x, w)
+    assert not matmul.serves(x[:, :20], w) and not matmul.serves(x, w[:63]) and not matmul.serves(x[..., :8], w[:, :8])
+    assert not matmul.serves(x.double(), w.double()) and not matmul.serves(x.bfloat16(), w.bfloat16())
+    assert not matmul.serves(x, w.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not matmul.serves(x, w)
+    monkeypatch.setattr(matmul, "_is_faster", lambda: False)
+    assert not matmul.serves(x, w)
+    assert torch.equal(matmul.product(x[0], w.T), x[0] @ w.T)
+
+
+@compiled
+def test_misuse_names_the_argument() -> None:
+    a, b = drawn(3, 4), drawn(4, 5)
+    with pytest.raises(ValueError, match="b has shape"):
+        matmul.product(a, b[:3], isa="ref")
+    with pytest.raises(TypeError, match="a is torch"):
+        matmul.product(a.double(), b, isa="ref")
+    with pytest.raises(ValueError, match="add_to has shape"):
+        matmul.product(a, b, add_to=drawn(3, 4), isa="ref")
+    with pytest.raises(ValueError, match="add_to is not contiguous"):
+        matmul.product(a, b, add_to=drawn(5, 3).T, isa="ref")
+    assert matmul.product(a[:0], b, isa="ref").shape == (0, 5)
+
+
+@compiled
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_fault_is_seen(isa: str) -> None:
+    a, b = drawn(20, 300), drawn(300, 40, seed=1)
+    with pytest.raises(AssertionError, match="wrong"):
+        assert_rule_of_two(matmul.product(a * (1 + 1e-5), b, isa=isa), a @ b, a.double() @ b.double(), "wrong")
