@@ -13,12 +13,12 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from minillm.checkpoint.index import PICKLE, SAFETENSORS, formats, read_index
 from minillm.errors import CheckpointError
+from minillm.hub import one_line_errors
 
 SMALL_FILES = (
     "config.json",
@@ -79,7 +79,7 @@ def _fetch_weights(name: str, folder: Path, allow_pickle: bool) -> None:
         if (folder / kind.index).exists():
             _fetch(name, commit, sorted(set(read_index(folder, kind).values())))
             return
-    with _one_line_errors(name, commit):
+    with one_line_errors(name, commit, CheckpointError):
         from huggingface_hub import HfApi
 
         files = HfApi().list_repo_files(name, revision=commit)
@@ -93,46 +93,8 @@ def _fetch_weights(name: str, folder: Path, allow_pickle: bool) -> None:
 
 def _fetch(name: str, revision: str | None, files: Iterable[str]) -> Path:
     """The snapshot folder, with those of the files in it that the repository has. The client shows its progress."""
-    with _one_line_errors(name, revision):
+    with one_line_errors(name, revision, CheckpointError):
         from huggingface_hub import snapshot_download
 
         patterns = [glob.escape(file) for file in files]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-
-
-@contextmanager
-def _one_line_errors(name: str, revision: str | None) -> Iterator[None]:
-    from huggingface_hub.utils import HfHubHTTPError, HFValidationError
-
-    # The bases of the client's own error are its HTTP library's, which it has changed twice (requests, httpx, httpx2).
-    network: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
-    try:
-        yield
-    except HFValidationError:
-        raise CheckpointError(f"{name}: no such folder, and no valid hub id; an id looks like owner/name") from None
-    except network as error:
-        raise CheckpointError(f"{name}: {_reason(error, name, revision)}") from None
-
-
-def _reason(error: Exception, name: str, revision: str | None) -> str:
-    from huggingface_hub import constants, utils
-
-    if isinstance(error, utils.GatedRepoError):
-        return (
-            f"is gated; accept its terms at {constants.ENDPOINT}/{name} and log in with `hf auth login` "
-            "(or set HF_TOKEN)"
-        )
-    if isinstance(error, utils.RevisionNotFoundError):
-        return f"has no revision {revision!r} on the hub; leave it out for the main branch"
-    if isinstance(error, utils.RepositoryNotFoundError):
-        return "no such folder, and no such repository on the hub (or it is private: `hf auth login`); check the name"
-    # A refusal comes wrapped in "not in the cache either".
-    status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return (
-            f"the hub refuses access ({status}); check your token with `hf auth whoami`, renew it with `hf auth login`"
-        )
-    if isinstance(error, utils.LocalEntryNotFoundError):
-        return "the hub cannot be reached and the cache does not hold (all of) it; go online, or give a folder"
-    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return f"could not be fetched ({first_line}); try again, the files already there are kept"

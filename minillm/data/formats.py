@@ -1,8 +1,9 @@
-"""What a record means: a prompt with its completion, or a conversation. Four formats are known by their fields.
+"""What a record means: a prompt with its completion, or a conversation. Five formats are known by their fields.
 
 | format | fields | becomes |
 |---|---|---|
 | chat | messages: a list of `{role, content}`; tools if any | `Conversation`, every assistant turn is taught |
+| sharegpt | conversations: a list of `{from, value}`, from one of `SPEAKERS`, or of chat's messages | the same |
 | completion | prompt, completion: text, or both of them messages | `Completion`, or `Conversation` |
 | alpaca | instruction, output; input if any | `Completion` of Stanford Alpaca's prompt |
 | text | text | `Completion` of an empty prompt: all of it is taught |
@@ -23,9 +24,20 @@ from minillm.errors import InputError
 #: Format -> the fields without which a record is none.
 FORMATS = {
     "chat": ("messages",),
+    "sharegpt": ("conversations",),
     "completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
+}
+
+#: ShareGPT's name of who speaks -> the role that templates know.
+SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
 }
 
 # github.com/tatsu-lab/stanford_alpaca, PROMPT_DICT of train.py
@@ -77,6 +89,8 @@ def parse(record: Record, name: str) -> Completion | Conversation:
         raise InputError(f"`{'` and `'.join(missing)}` is missing")
     if name == "chat":
         return _conversation(fields, _messages(fields["messages"], "messages"), first=0)
+    if name == "sharegpt":
+        return _conversation(fields, _messages(_said(fields["conversations"]), "conversations"), first=0)
     if name == "completion" and not isinstance(fields["completion"], str):
         asked, answered = (_messages(fields[key], key) for key in FORMATS[name])
         return _conversation(fields, [*asked, *answered], first=len(asked))
@@ -123,6 +137,24 @@ def _conversation(fields: Mapping[str, Any], messages: list[Mapping[str, Any]], 
     if not any(message["role"] == "assistant" for message in messages[first:]):
         raise InputError("no turn of the assistant to learn from")
     return Conversation(messages, tools or None, first)
+
+
+def _said(value: Any) -> Any:
+    """ShareGPT's `{from, value}` as `{role, content}`. What is neither is left as it is, for `_messages` to refuse."""
+    if not isinstance(value, list | tuple):
+        return value
+    messages: list[Any] = []
+    for i, turn in enumerate(value):
+        if isinstance(turn, Mapping) and "from" in turn and "role" not in turn:
+            role = SPEAKERS.get(str(turn["from"]))
+            if role is None:
+                raise InputError(f"`conversations[{i}]` is from {turn['from']!r:.40}; known are {', '.join(SPEAKERS)}")
+            if not isinstance(turn.get("value"), str):
+                raise InputError(f"`conversations[{i}]` has no `value`")
+            messages.append({"role": role, "content": turn["value"]})
+        else:
+            messages.append(turn)
+    return messages
 
 
 def _messages(value: Any, key: str) -> list[Mapping[str, Any]]:

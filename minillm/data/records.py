@@ -3,11 +3,15 @@
 | file | is |
 |---|---|
 | .json, .jsonl | a list of objects `[{...}, {...}]`, or one object a line; what stands first in the file decides |
+| .json.gz, .jsonl.gz | the same, compressed |
 | .csv, .tsv | a line of names, then one record a line (a quoted cell may go over several) |
+| .parquet | rows of columns, read by pyarrow (`pip install pyarrow`); its "lines" are the rows, from 1 |
 | .txt | one document in the field `text`: the file; or each paragraph or line of it, if asked for |
 
-What is broken is an error, never a gap: a file that lost its end in a copy must not train a model on the rest. Data
-that is in memory already, a data set of the hub among them, comes in through `number`.
+`hub:owner/name` stands for the files of a data set of the hub (`minillm.data.hub_files`), unless a file or folder has
+that name. Rows that are in memory already come in through `number`.
+
+What is broken is an error, never a gap: a file that lost its end in a copy must not train a model on the rest.
 
 Lines end where an editor says so: a U+2028 inside a string, which `str.splitlines` would cut at, ends none.
 """
@@ -15,18 +19,21 @@ Lines end where an editor says so: a U+2028 inside a string, which `str.splitlin
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from minillm.data import hub_files, parquet
 from minillm.errors import InputError, nearest
 
 TextBy = Literal["document", "paragraph", "line"]
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".tsv", ".parquet", ".txt")
 
 _SPACE = re.compile(r"[ \t\r\n]*")  # JSON's own four, unlike str.isspace
 _UNIT = {
@@ -50,18 +57,20 @@ class Record(NamedTuple):
 
 
 def read_records(source: Path | str | Sequence[Path | str], *, text_by: TextBy = "document") -> list[Record]:
-    """Every record of a file, of a folder's data files in order of path, or of several of these, one after the other.
+    """Every record of a file, of a folder's data files in order of path, of a data set of the hub, or of several of
+    these, one after the other.
 
     A folder is read to any depth; hidden files and other suffixes than `SUFFIXES` are left out.
     text_by: what is one record of a .txt file.
-    Raises `InputError`, naming the file and the line, for what is missing, empty, not UTF-8, or malformed.
+    Raises `InputError`, naming the file and the line, for what is missing, empty, not UTF-8, or malformed; for what the
+    hub does not give; and for a Parquet file where pyarrow is not installed.
     """
     if text_by not in get_args(TextBy):
         raise InputError(f"text_by is {text_by!r}; choose {', '.join(get_args(TextBy))}")
     sources = [source] if isinstance(source, str | Path) else list(source)
     if not sources:
         raise InputError("no data file is named; give a file or a folder")
-    return [record for path in sources for file in _files(Path(path)) for record in _read(file, text_by)]
+    return [record for each in sources for file in _files(each) for record in _read(file, text_by)]
 
 
 def number(rows: Iterable[Mapping[str, Any]], *, name: str) -> list[Record]:
@@ -76,17 +85,20 @@ def number(rows: Iterable[Mapping[str, Any]], *, name: str) -> list[Record]:
     return records
 
 
-def _files(path: Path) -> list[Path]:
+def _files(source: Path | str) -> list[Path]:
+    path = Path(source)
+    if str(source).startswith(hub_files.PREFIX) and not path.exists():
+        return hub_files.fetch(str(source), SUFFIXES)
     if path.is_dir():
         below = (Path(here, name) for here, folders, names in _walk(path) for name in names)
-        found = sorted((file for file in below if file.suffix in SUFFIXES and file.is_file()), key=Path.as_posix)
+        found = sorted((file for file in below if file.name.endswith(SUFFIXES) and file.is_file()), key=Path.as_posix)
         if not found:
             raise InputError(f"{path}: no data file in this folder; its name must end in {', '.join(SUFFIXES)}")
         return found
     if not path.exists():
         beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f"{path}: no such file or folder{nearest(path.name, beside)}")
-    if path.suffix not in SUFFIXES or not path.is_file():
+    if not path.name.endswith(SUFFIXES) or not path.is_file():
         raise InputError(f"{path}: not a data file: its name must end in {', '.join(SUFFIXES)}")
     return [path]
 
@@ -98,25 +110,29 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def _read(path: Path, text_by: TextBy) -> list[Record]:
-    text = _text(path)
-    if path.suffix == ".txt":
-        numbered: Iterator[tuple[int, Any]] = _passages(text, _UNIT[text_by])
-    elif path.suffix in (".csv", ".tsv"):
-        numbered = _csv(text, path, "\t" if path.suffix == ".tsv" else ",")
-    else:
-        numbered = _json_list(text, path) if text.lstrip().startswith("[") else _json_lines(text, path)
+    numbered = parquet.rows(path) if path.suffix == ".parquet" else _numbered(path, _text(path), text_by)
     records = [Record(_checked(fields, path, line), str(path), line) for line, fields in numbered]
     if not records:
         raise InputError(f"{path}: no records in this file; fill it or leave it out")
     return records
 
 
+def _numbered(path: Path, text: str, text_by: TextBy) -> Iterator[tuple[int, Any]]:
+    if path.suffix == ".txt":
+        return _passages(text, _UNIT[text_by])
+    if path.suffix in (".csv", ".tsv"):
+        return _csv(text, path, "\t" if path.suffix == ".tsv" else ",")
+    return _json_list(text, path) if text.lstrip().startswith("[") else _json_lines(text, path)
+
+
 def _text(path: Path) -> str:
     """The file as UTF-8, with or without a byte-order mark; line ends as they are."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); mend it or leave it out") from error
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a .gz that is torn or broken
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason}); mend it or leave it out") from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{path} line {line}: not UTF-8 ({error.reason}); convert the file") from error

@@ -191,7 +191,7 @@ class Tokenizer:
 
         The class is stated as `PreTrainedTokenizerFast`, which uses the pipeline as written. Each file appears whole or
         not at all; what another tokenizer left in the folder goes, since it would be read beside this one.
-        Raises `TokenizerError` where the folder cannot be written.
+        Raises `TokenizerError` where the folder cannot be made, `CheckpointError` where a file cannot be written.
         """
         folder = Path(folder)
         try:

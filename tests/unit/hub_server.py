@@ -5,6 +5,7 @@
     HEAD /<id>/resolve/<commit>/<file>               ETag, size, commit
     GET  /<id>/resolve/<commit>/<file>               the bytes
 
+Those of a data set are at /api/datasets/<id>/... and /datasets/<id>/... instead.
 Files are served plainly: no redirect to a content network and no Xet header, so that the client uses HTTP alone.
 """
 
@@ -26,6 +27,7 @@ class Repository:
 
     files: Mapping[str, bytes]
     refusal: tuple[int, str] | None = None
+    is_dataset: bool = False
 
     @property
     def commit(self) -> str:
@@ -66,15 +68,16 @@ class HubServer:
 
     def files_asked(self, repository: str) -> set[str]:
         """The names of the files whose bytes were fetched."""
-        found = (re.fullmatch(rf"GET /{repository}/resolve/\w+/(.+)", line) for line in self.asked)
+        found = (re.fullmatch(rf"GET (?:/datasets)?/{repository}/resolve/\w+/(.+)", line) for line in self.asked)
         return {match[1] for match in found if match}
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
         path = request.path.partition("?")[0]
         self.asked.append(f"{request.command} {path}")
-        found = re.fullmatch(r"/(api/models/)?([\w.-]+/[\w.-]+)/(revision|tree|resolve)/([\w.-]+)(?:/(.+))?", path)
+        kinds = "(api/models/|(?:api/)?datasets/)?"
+        found = re.fullmatch(rf"/{kinds}([\w.-]+/[\w.-]+)/(revision|tree|resolve)/([\w.-]+)(?:/(.+))?", path)
         repository = self.repositories.get(found[2]) if found else None
-        if found is None or repository is None:
+        if found is None or repository is None or repository.is_dataset != ("datasets" in (found[1] or "")):
             _refuse(request, 404, "RepoNotFound")
         elif found[4] not in ("main", repository.commit):
             _refuse(request, 404, "RevisionNotFound")

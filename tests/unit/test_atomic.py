@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
-from minillm.atomic import atomic_file, write_atomically
+from minillm.atomic import atomic_file, remove_abandoned, write_atomically
+from minillm.errors import CheckpointError
+
+fcntl = pytest.importorskip("fcntl", reason="locks are POSIX's")
+ROOT = Path(__file__).parents[2]
 
 
 def test_text_and_bytes_replace_what_was_there(tmp_path: Path) -> None:
@@ -45,10 +52,60 @@ def test_a_full_disk_shows_before_the_old_file_is_gone(tmp_path: Path, monkeypat
 
     (tmp_path / "a").write_bytes(b"old")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match=r"a: cannot be written \(No space left on device\); free space"):
         write_atomically(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("where", ["absent/a", "file/a", "x" * 250])
+def test_where_nothing_can_be_written_is_one_line(tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="cannot be written") as caught:
+        write_atomically(tmp_path / where, b"new")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    """The lock of a process dies with it; that of a living one, and files of other programs, are left alone."""
+    code = (
+        "import os, sys; from minillm.atomic import atomic_file\n"
+        "with atomic_file(sys.argv[1]) as file: print(flush=True), sys.stdin.read()\n"
+    )
+    others = {".a.00000000.tmp", ".a.12345678.minillm.txt", "a.12345678.minillm"}
+    for name in others:
+        (tmp_path / name).write_bytes(b"")
+    command = [sys.executable, "-c", code, str(tmp_path / "state")]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == b"\n"
+        (temporary,) = set(os.listdir(tmp_path)) - others
+        write_atomically(tmp_path / "adapter", b"")
+        assert set(os.listdir(tmp_path)) == {*others, "adapter", temporary}, "a living writer lost its file"
+        writer.kill()
+    write_atomically(tmp_path / "adapter", b"")
+    assert set(os.listdir(tmp_path)) == {*others, "adapter"}
+
+
+def test_writers_side_by_side_leave_each_other_alone(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "a") as first, atomic_file(tmp_path / "a") as second:
+        remove_abandoned(tmp_path)
+        first.write(b"1"), second.write(b"2")
+    assert (tmp_path / "a").read_bytes() == b"1"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_temporary_taken_before_it_was_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, taken = fcntl.flock, []
+
+    def flock(file: BinaryIO, operation: int) -> None:
+        if not taken:
+            taken.append(file.name)
+            os.unlink(file.name)
+        plain(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write_atomically(tmp_path / "a", b"x")
+    assert taken and os.listdir(tmp_path) == ["a"]
 
 
 def test_a_link_is_replaced_and_not_written_through(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_files_may_have_formats_of_their_own() -> None:
 def test_the_format_can_be_said() -> None:
     both = {**PAIR, "text": "other"}
     assert make(both, format="text")[0] == make({"text": "other"})[0] != make(both)[0]
-    with pytest.raises(InputError, match=r"'aplaca' is not known \(nearest: alpaca\); choose chat, completion"):
+    with pytest.raises(InputError, match=r"'aplaca' is not known \(nearest: alpaca\); choose chat, sharegpt, compl"):
         make(PAIR, format="aplaca")
 
 

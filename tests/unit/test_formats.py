@@ -13,6 +13,10 @@ from minillm.errors import InputError
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 
 
+def say(who: Any, what: Any) -> dict[str, Any]:
+    return {"from": who, "value": what}
+
+
 def record(**fields: Any) -> Record:
     return Record(fields, "a.jsonl", 7)
 
@@ -25,6 +29,8 @@ def record(**fields: Any) -> Record:
         ([{"instruction": "i", "output": "o", "input": "", "text": "t"}], "alpaca"),  # as Stanford published it
         ([{"instruction": "i", "output": "o", "input": "", "prompt": "p"}], "alpaca"),  # as code Alpaca sets are
         ([{"text": "t", "prompt": "p"}], "text"),
+        ([{"id": "1", "conversations": []}], "sharegpt"),
+        ([{"messages": [], "conversations": []}], "chat"),
         (
             [{"instruction": "i", "output": None, "text": "t"}, {"instruction": "i", "output": "o", "text": "t"}],
             "alpaca",
@@ -73,6 +79,12 @@ def test_alpaca_prompts_are_stanfords() -> None:
             Conversation([USER, ASSISTANT, USER, ASSISTANT], None, 3),
         ),
         (
+            "sharegpt",
+            {"conversations": [say("system", "s"), say("human", "Hi"), say("gpt", "Hello"), say("tool", "3")]},
+            Conversation([{"role": "system", "content": "s"}, USER, ASSISTANT, {"role": "tool", "content": "3"}]),
+        ),
+        ("sharegpt", {"conversations": [USER, say("assistant", "Hello")]}, Conversation([USER, ASSISTANT])),
+        (
             "chat",
             {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]},
             Conversation([USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]),
@@ -106,6 +118,19 @@ def test_records_become_samples(name: str, fields: dict[str, Any], expected: Com
         ("chat", {"messages": [USER, {**ASSISTANT, "content": " "}]}, r"`messages\[1\]`: the assistant says nothing"),
         ("chat", {"messages": [USER, {**ASSISTANT, "content": []}]}, r"`messages\[1\]`: the assistant says nothing"),
         ("chat", {"messages": [USER, ASSISTANT], "tools": "f"}, "`tools` is str"),
+        ("sharegpt", {"conversations": "Hi"}, "`conversations` is str, not a list of messages"),
+        ("sharegpt", {"conversations": ["Hi"]}, r"`conversations\[0\]` is no message with a `role`"),
+        ("sharegpt", {"conversations": [say("human", "Hi")]}, "no turn of the assistant"),
+        ("sharegpt", {"conversations": [say("gpt", " ")]}, r"`conversations\[0\]`: the assistant says nothing"),
+        ("sharegpt", {"conversations": [{"from": "gpt"}]}, r"`conversations\[0\]` has no `value`"),
+        ("sharegpt", {"conversations": [say("human", None)]}, r"`conversations\[0\]` has no `value`"),
+        (
+            "sharegpt",
+            {"conversations": [say("bing", "Hi")]},
+            r"`conversations\[0\]` is from 'bing'; known are system, hu",
+        ),
+        ("sharegpt", {"conversations": [say(["gpt"], "Hi")]}, r"`conversations\[0\]` is from \['gpt'\]; known are"),
+        ("sharegpt", {"text": "t"}, "`conversations` is missing"),
     ],
 )
 def test_what_cannot_be_taught_says_why(name: str, fields: dict[str, Any], reason: str) -> None:

@@ -10,7 +10,10 @@ from typing import Any
 LIMIT = 0.3  # seconds over `import torch`
 
 #: Needed by some command only; each is imported where it is used.
-LAZY = ("transformers", "huggingface_hub", "rich", "tyro", "matplotlib", "sentencepiece", "tiktoken", "safetensors")
+LAZY = (
+    *("transformers", "huggingface_hub", "rich", "tyro", "matplotlib", "sentencepiece", "tiktoken", "safetensors"),
+    "pyarrow",
+)
 
 MEASURE = """
 import json, os, socket, sys, threading, time

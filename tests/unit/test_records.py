@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -110,13 +111,31 @@ GOOD = '{"a": 1}'
         *((f"a.{kind}", empty, "no records") for kind in ("jsonl", "json", "csv", "txt") for empty in ("", " \n\n")),
         ("a.json", "[ ]", "no records"),
         ("a.csv", "a,b\n", "no records"),
-        ("a.parquet", "PAR1", "must end in .json, .jsonl, .csv, .tsv, .txt"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(f"{GOOD}\n\n[1]".encode(), mtime=0),
+            "line 3: a record is an object with named fields",
+        ),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99, mtime=0)[:-20], "cannot be read .*end-of-stream"),
+        ("a.jsonl.gz", f"{GOOD}", "cannot be read .*[Nn]ot a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:10] + b"\xff" * 30, "cannot be read .*decompressing"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "no records"),
+        ("a.xlsx", "PK", "must end in .json, .jsonl, .json.gz, .jsonl.gz, .csv, .tsv, .parquet, .txt"),
     ],
 )
 def test_a_broken_file_is_named_with_the_line(tmp_path: Path, name: str, content: str | bytes, expected: str) -> None:
     with pytest.raises(InputError, match=expected) as caught:
         read(tmp_path, name, content)
     assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
+
+
+def test_compressed_json(tmp_path: Path) -> None:
+    lines = b'{"t": "\xc3\xb1"}\n\n{"t": "d"}\n'
+    assert read(tmp_path, "a.jsonl.gz", gzip.compress(lines)) == [(1, {"t": "ñ"}), (3, {"t": "d"})]
+    assert read(tmp_path, "b.json.gz", gzip.compress(b'[{"t": 1}]')) == [(1, {"t": 1})]
+    assert [record.file for record in read_records(tmp_path)] == [str(tmp_path / "a.jsonl.gz")] * 2 + [
+        str(tmp_path / "b.json.gz")
+    ]
 
 
 def test_missing_sources_are_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tokenizers import models
 
 from minillm.data import sentencepiece_model, tiktoken_model
 from minillm.data.tokenizer import Tokenizer
-from minillm.errors import InputError, TokenizerError
+from minillm.errors import CheckpointError, InputError, TokenizerError
 from tests import texts
 
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -246,7 +246,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "no space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(TokenizerError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match="cannot be written"):
         tokenizer.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
