@@ -31,6 +31,11 @@ STDLIB_LEAVE_OUT = (
 )
 
 
+def standard_library() -> Path:
+    """Folder of the running Python's own library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
 class Document(NamedTuple):
     """One file: its path below the folder, with forward slashes on every system, and its text."""
 
@@ -113,7 +118,7 @@ def read_text(
 
     vocabulary: the size of one to make from the training part, or one made before.
     """
-    folder = folder or Path(sysconfig.get_path("stdlib"))
+    folder = folder or standard_library()
     training, held = split(read_folder(folder, suffixes=suffixes, leave_out=leave_out), held_out)
     sides = [[document.text for document in side] for side in (training, held)]
     pipeline = train_bpe(sides[0], vocabulary) if isinstance(vocabulary, int) else vocabulary
