@@ -5,13 +5,15 @@
 
     folder ─▶ documents ─▶ byte-pair vocabulary ─▶ one stream of ids ─▶ batches ─▶ AdamW ─▶ a folder transformers loads
 
-Written: config.json, model.safetensors and the tokenizer (what `minillm generate` wants), curve.png, training.json.
+Written: config.json, model.safetensors and the tokenizer (what `minillm generate` wants), curve.png, training.json; and
+while it trains metrics.jsonl, which `minillm plot` draws.
 Ctrl-C leaves a state that `--resume` continues; a run counted in steps then ends with the same bits as without a stop.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,13 +28,16 @@ from minillm.data.corpus import Text, Windows, fingerprint, read_text
 from minillm.errors import ConfigError, InputError
 from minillm.model.init import initialise
 from minillm.placement import as_device
-from minillm.training.curve import draw_curve
+from minillm.training import ranks
 from minillm.training.evaluate import HeldOut, held_out
 from minillm.training.loop import Clock, Precision, accumulate, clip_gradients, faster_precision, interruptible
+from minillm.training.metrics import Metrics, need_tensorboard, peak_memory
 from minillm.training.optim import adamw, set_learning_rate, warmup_cosine
 from minillm.training.output import STATE, check_same, claim, comparable, save_checked
+from minillm.training.picture import draw_curve
 from minillm.training.progress import Progress
 from minillm.training.recipe import Interrupted, resume_command, run
+from minillm.training.samples import overfitting
 from minillm.training.state import load_state, read_progress, save_state
 
 
@@ -90,6 +95,8 @@ class Pretrain:
     """Of the weights and of the order of the text."""
     evaluations: int = 6
     """How often the held-out loss is looked at on the way."""
+    tensorboard: bool = False
+    """Write the numbers of metrics.jsonl for TensorBoard too (pip install tensorboard)."""
     save_minutes: float = 10.0
     """How often a state is saved on the way."""
     prompts: tuple[str, ...] = ("def", "class", "    def __init__(self")
@@ -100,6 +107,8 @@ class Pretrain:
     """Start anew where `output` already holds a run."""
 
     def __post_init__(self) -> None:
+        if self.tensorboard:
+            need_tensorboard()
         for name in ("batch", "micro_batch", "learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -113,7 +122,7 @@ class Pretrain:
 
 
 #: Fields that a continued run may change.
-FREE = ("prompts", "save_minutes")
+FREE = ("prompts", "save_minutes", "tensorboard")
 
 
 class Run:
@@ -132,6 +141,8 @@ class Run:
         self.clock = Clock(steps=recipe.steps, minutes=recipe.minutes if recipe.steps is None else None)
         if recipe.resume:
             self._resume()
+        resumed = self.clock.step if recipe.resume else None
+        self.metrics = Metrics(recipe.output, resumed=resumed, tensorboard=recipe.tensorboard)
 
     def _precision(self) -> Precision:
         """As the recipe says; auto may look at the clock only where the run does too, so that steps repeat."""
@@ -164,10 +175,19 @@ class Run:
         sizes, device = bytes_per_token(self.text.pipeline), self.recipe.device
         return held_out(self.model, self.held, sizes, most=most, device=device, precision=precision)
 
+    def note(self, found: HeldOut, say: Callable[[str], Any] | None = None) -> None:
+        """Remember a held-out loss, write it down, and say so where it has risen."""
+        self.evaluated.append((self.clock.step, found.loss))
+        self.metrics.write(self.clock.step, seconds=round(self.clock.seconds, 3), held_out=found.loss)
+        word = overfitting(self.evaluated)
+        if say is not None and word is not None:
+            say(word)
+
 
 def main(recipe: Pretrain) -> dict[str, Any]:
     """Read, train, measure, save, load back, write samples; returns the figures of the run."""
     say = Console(stderr=True, highlight=False, soft_wrap=True).print
+    ranks.refuse("pretrain.py")
     as_device(recipe.device)
     claim(recipe.output, resume=recipe.resume, overwrite=recipe.overwrite)
     text = read(recipe)
@@ -176,16 +196,15 @@ def main(recipe: Pretrain) -> dict[str, Any]:
     say(f"text: {text.source}, {len(text.training):,} tokens to train on, {len(text.held_out):,} held out")
     run = Run(recipe, text)
     say(f"model: {run.parameters:,} parameters, matrix products in {run.precision}")
-    train(run)
-    say("measuring on the held-out text, saving, loading back")
-    result = figures(run)
+    with run.metrics:
+        train(run)
+        say("measuring on the held-out text, saving, loading back")
+        result = figures(run)
     save_checked(run.model.cpu(), recipe.output, tokenizer=tokenizer, tokens=run.held.window(0)[None])
     title = f"{run.parameters / 1e6:.1f} M parameters, held-out perplexity {result['held_out_perplexity']:.1f}"
-    curve = recipe.output / "curve.png"
-    if draw_curve(curve, run.losses, run.evaluated, title=title, per_step=recipe.batch * recipe.context):
+    curve = draw_curve(recipe.output, title=title, say=say)
+    if curve is not None:
         result["curve"] = str(curve)
-    else:
-        say('no curve: matplotlib is not installed (pip install -e ".[plot]")')
     history = {"losses": run.losses, "evaluated": run.evaluated, "recipe": comparable(recipe)}
     write_atomically(recipe.output / "training.json", json.dumps(result | history))
     (recipe.output / STATE).unlink(missing_ok=True)
@@ -233,15 +252,19 @@ def train(run: Run) -> None:
         while not clock.over:
             rows = run.windows.batch(clock.step, recipe.batch).to(recipe.device)  # (B, T)
             loss = accumulate(model, rows.split(recipe.micro_batch or recipe.batch), precision=run.precision)
-            clip_gradients(list(model.parameters()), recipe.clip)
-            set_learning_rate(optimizer, recipe.learning_rate * warmup_cosine(clock.done, warmup=recipe.warmup))
+            norm = clip_gradients(list(model.parameters()), recipe.clip)
+            learning_rate = recipe.learning_rate * warmup_cosine(clock.done, warmup=recipe.warmup)
+            set_learning_rate(optimizer, learning_rate)
             optimizer.step()
             optimizer.zero_grad()
             clock.tick()
             run.losses.append(loss)
-            bar.update(clock.count, loss=loss, tokens=rows.numel())
+            told = {"loss": loss, "tokens": rows.numel(), "memory": peak_memory(recipe.device)}
+            bar.update(clock.count, **told)
+            told |= {"seconds": round(clock.seconds, 3), "learning_rate": learning_rate, "gradient_norm": norm}
+            run.metrics.write(clock.step, **told)
             if len(run.evaluated) < int(recipe.evaluations * clock.count / clock.total) < recipe.evaluations:
-                run.evaluated.append((clock.step, run.evaluate(32, run.precision).loss))
+                run.note(run.evaluate(32, run.precision), bar.note)
             if stop.is_set() or clock.seconds - saved > 60 * recipe.save_minutes:
                 run.save()
                 saved = clock.seconds
@@ -253,7 +276,7 @@ def figures(run: Run) -> dict[str, Any]:
     """What the run came to, as the JSON line tells it."""
     seconds, tokens = run.clock.seconds, run.clock.step * run.recipe.batch * run.recipe.context
     final = run.evaluate(512, "float32")
-    run.evaluated.append((run.clock.step, final.loss))
+    run.note(final)  # over more windows than before, so a difference is no rise
     return {
         "model": str(run.recipe.output),
         "parameters": run.parameters,

@@ -4,12 +4,14 @@
     python scripts/sft.py --model FOLDER --data alpaca.json --quantize int8                LoRA on an int8 base
     python scripts/sft.py --model FOLDER --data chats/ --quantize nf4 --optimizer adamw8   QLoRA
     python scripts/sft.py --model FOLDER --data answers.jsonl --method full                every weight
+    torchrun --nproc-per-node 2 scripts/sft.py ... --device cuda --parallel fsdp           the same, on two GPUs
 
     records ─▶ examples ─▶ batches of like length ─▶ loss of the answers' tokens alone ─▶ AdamW ─▶ adapter or model
        └─ held out by a fraction, and watched: the best state so far is kept, and a rising loss ends the run
 
 Written: adapter_config.json and adapter_model.safetensors, which peft loads too (or a model's folder), curve.png,
-training.json. Ctrl-C leaves a state that `--resume` continues with the same bits.
+training.json; and while it trains metrics.jsonl, samples.jsonl (`minillm plot`). Ctrl-C leaves a state that `--resume`
+continues with the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +29,7 @@ from rich.console import Console
 
 from minillm import Decoder, Tokenizer, load, lora, save
 from minillm.atomic import write_atomically
-from minillm.data.batches import Batch, Batches, collate
+from minillm.data.batches import Batch, Batches
 from minillm.data.examples import Example, make_examples
 from minillm.data.records import read_records
 from minillm.data.seeded import permutation
@@ -35,7 +37,7 @@ from minillm.errors import InputError
 from minillm.losses import count_targets
 from minillm.placement import as_device
 from minillm.quant.convert import Quantisation
-from minillm.training.curve import draw_curve
+from minillm.training import ranks
 from minillm.training.loop import (
     Clock,
     Precision,
@@ -46,10 +48,14 @@ from minillm.training.loop import (
     loss_scale,
     naming,
 )
+from minillm.training.metrics import Metrics, need_tensorboard, peak_memory
 from minillm.training.optim import make_optimizer, set_learning_rate, warmup_cosine, warmup_linear
 from minillm.training.output import STATE, check_same, claim, comparable
+from minillm.training.picture import draw_curve
 from minillm.training.progress import Progress
 from minillm.training.recipe import Interrupted, resume_command, run
+from minillm.training.samples import overfitting, show_samples
+from minillm.training.spread import gather, is_sharded, spread
 from minillm.training.state import load_state, read_progress, save_state
 from minillm.training.token_loss import TokenLoss
 
@@ -61,7 +67,8 @@ class Sft:
     model: str
     """Folder or id of the model to start from."""
     data: tuple[Path, ...]
-    """Files or folders: .json, .jsonl, .csv, .tsv, .txt; Alpaca, chat, prompt/completion or text."""
+    """Files, folders, or hub:owner/name: .json, .jsonl, .parquet, .csv, .tsv, .txt; Alpaca, chats (ShareGPT's too),
+    prompt/completion or text."""
     output: Path = Path("runs/sft")
     """Where adapter or model goes."""
     method: Literal["lora", "full"] = "lora"
@@ -85,9 +92,9 @@ class Sft:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Format of the frozen weights; auto is the checkpoint's own. Trained weights are fp32."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the matrix products, where weights are fp32. In float16 the loss is scaled; steps that overflow are left out."""
+    """Of the matrix products, where weights are fp32. In float16 the loss is scaled, and what overflows is left out."""
     format: str | None = None
-    """chat, completion, alpaca or text; recognised from the fields where not given."""
+    """chat, sharegpt, completion, alpaca or text; recognised from the fields where not given."""
     context: int | None = None
     """Longest example in tokens; the model's own where not given."""
     pack: bool = False
@@ -122,12 +129,18 @@ class Sft:
     """Longest gradient, all parameters taken as one vector."""
     evaluations: int = 5
     """How often the held-out loss is looked at on the way."""
+    samples: int = 2
+    """How many held-out prompts the model continues at each of them, to be read."""
+    tensorboard: bool = False
+    """Write the numbers of metrics.jsonl for TensorBoard too (pip install tensorboard)."""
     patience: int = 2
     """Evaluations in a row that may be worse than the best before the run ends early."""
     seed: int = 0
     """Of adapters, dropout, and the order of the examples."""
     device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1 ..."""
+    """Where to train: cpu, cuda, cuda:1 ... Under torchrun cuda is a GPU for each process."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: every process has the whole model, or its share of every weight (less memory, more traffic)."""
     save_minutes: float = 10.0
     """How often a state is saved on the way."""
     resume: bool = False
@@ -145,6 +158,10 @@ class Sft:
                 raise InputError(f"{name} is {getattr(self, name)}; it is a fraction, at least 0 and below 1")
         if self.steps is not None and self.minutes is not None:
             raise InputError("give the length of the run in steps or in minutes, not in both")
+        if self.samples < 0:
+            raise InputError(f"samples is {self.samples}; it must be at least 0")
+        if self.tensorboard:
+            need_tensorboard()
         if self.method == "full" and self.quantize is not None:
             raise InputError(
                 f"weights in {self.quantize} cannot be trained; leave out --quantize or take --method lora"
@@ -152,14 +169,15 @@ class Sft:
 
 
 #: Fields that a continued run may change.
-FREE = ("save_minutes",)
+FREE = ("save_minutes", "samples", "tensorboard", "parallel")
 
 
 class Run:
     """A recipe with its model made and its examples read: everything that changes while training."""
 
-    def __init__(self, recipe: Sft, model: Decoder, examples: Sequence[Example]) -> None:
-        self.recipe, self.model = recipe, model
+    def __init__(self, recipe: Sft, model: Decoder, tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
+        self.recipe, self.model, self.tokenizer = recipe, model, tokenizer
+        self.measured = spread(TokenLoss(model), recipe.parallel)
         held, training = divided(examples, recipe.held_out, recipe.seed)
         pack_to = min(recipe.context or model.config.context, model.config.longest) if recipe.pack else None
         self.batches = Batches(training, size=recipe.batch, seed=recipe.seed, pack_to=pack_to)
@@ -180,6 +198,8 @@ class Run:
         self.clock = Clock(steps=steps, minutes=recipe.minutes)
         if recipe.resume:
             self._resume()
+        resumed = self.clock.step if recipe.resume else None
+        self.metrics = Metrics(recipe.output, resumed=resumed, tensorboard=recipe.tensorboard)
 
     def save(self) -> None:
         progress: dict[str, Any] = {"recipe": comparable(self.recipe, free=FREE), "data": self.fingerprint}
@@ -198,18 +218,29 @@ class Run:
         self.evaluated = [(step, loss) for step, loss in progress["evaluated"]]
         self.clock.resume(progress["step"], progress["seconds"])
 
+    def look(self, say: Callable[[str], Any]) -> None:
+        """Measure the held-out loss, let the model write after held-out prompts, and tell both."""
+        step = self.clock.step
+        self.evaluated.append((step, self.evaluate()))
+        self.metrics.write(step, seconds=round(self.clock.seconds, 3), held_out=self.evaluated[-1][1])
+        say(overfitting(self.evaluated) or f"step {step}: the held-out loss is {self.evaluated[-1][1]:.3f}")
+        examples = self.held[: self.recipe.samples]
+        if ranks.is_first() and not is_sharded(self.measured):  # a model of which one has a part cannot write alone
+            show_samples(self.model, self.tokenizer, examples, step, metrics=self.metrics, say=say)
+
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss of the answers' tokens in the held-out examples."""
         self.model.eval()
-        nats, tokens, measured = 0.0, 0, TokenLoss(self.model)
-        for begin in range(0, len(self.held), self.recipe.batch):
-            batch = on(self.recipe.device, collate([[each] for each in self.held[begin : begin + self.recipe.batch]]))
-            with autocast(self.recipe.device, self.recipe.precision):
-                nats += measured(batch, 1).item()
-            tokens += int(count_targets(batch.tokens, batch.taught))
+        nats, tokens, size = 0.0, 0, self.recipe.batch
+        for begin in range(0, len(self.held), size):
+            for part in ranks.own_parts([[each] for each in self.held[begin : begin + size]], size):
+                batch = on(self.recipe.device, part)
+                with autocast(self.recipe.device, self.recipe.precision):
+                    nats += self.measured(batch, 1).item()
+                tokens += int(count_targets(batch.tokens, batch.taught))
         self.model.train()
-        return nats / max(tokens, 1)
+        return ranks.total(nats) / max(ranks.total(tokens), 1)
 
     def rises(self) -> bool:
         """Whether the last `patience` looks at the held-out loss were all worse than the best before: over-fitting."""
@@ -218,25 +249,37 @@ class Run:
 
 
 def main(recipe: Sft) -> dict[str, Any]:
-    """Read, train, watch, save; returns the figures of the run."""
-    say = Console(stderr=True, highlight=False, soft_wrap=True).print
+    """Read, train, watch, save; returns the figures of the run. Under torchrun, as one rank of several."""
+    with ranks.joined(recipe.device):
+        return fine_tune(recipe)
+
+
+def fine_tune(recipe: Sft) -> dict[str, Any]:
+    """`main`, within the group of ranks."""
+    quiet = not ranks.is_first()
+    say = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=quiet).print
     as_device(recipe.device)
-    claim(recipe.output, resume=recipe.resume, overwrite=recipe.overwrite)
+    if ranks.is_first():
+        claim(recipe.output, resume=recipe.resume, overwrite=recipe.overwrite)
     records = read_records(recipe.data)
     model, tokenizer = make_model(recipe)
     context = min(recipe.context or model.config.context, model.config.longest)
     examples, tally = make_examples(records, tokenizer, context=context, format=recipe.format, cut=recipe.cut)
     say(f"data: {tally}")
-    run = Run(recipe, model, examples)
+    run = Run(recipe, model, tokenizer, examples)
     trained = sum(x.numel() for x in model.parameters() if x.requires_grad)
     say(f"model: {trained:,} numbers are trained, {sum(x.numel() for x in model.parameters()) - trained:,} are not")
-    if not recipe.resume and run.held:
-        run.evaluated.append((0, run.evaluate()))
-    ended_early = train(run)
+    with run.metrics:
+        if not recipe.resume and run.held:
+            run.look(say)
+        ended_early = train(run)
     result = figures(run) | {"trained": trained, "ended_early": ended_early, "records": str(tally)}
     if ended_early:
         say(f"the held-out loss has risen {recipe.patience} times: the model learns the examples by heart; ended")
-    finish(run, tokenizer, result)
+    gather(model)
+    if ranks.is_first():
+        finish(run, result)
+        draw_curve(recipe.output, title=f"{recipe.model}, {recipe.method}", say=say)
     return result
 
 
@@ -285,29 +328,35 @@ def train(run: Run) -> bool:
     saved = clock.seconds
     with interruptible() as stop, Progress("sft", total=clock.total, unit=clock.unit, done=clock.count) as bar:
         while not clock.over:
-            rows, size = run.batches.rows(clock.step), recipe.micro_batch or recipe.batch
-            parts = [on(recipe.device, collate(rows[at : at + size])) for at in range(0, len(rows), size)]
+            rows = run.batches.rows(clock.step)
+            parts = [on(recipe.device, part) for part in ranks.own_parts(rows, recipe.micro_batch or recipe.batch)]
+            ranks.seed(recipe.seed, clock.step)
             with naming(clock.step, (each.place for row in rows for each in row)):
-                loss = accumulate(model, parts, precision=precision, scale=scale)
+                loss = accumulate(run.measured, parts, precision=precision, scale=scale)
                 scale.unscale_(optimizer)
-                clip_gradients(trained, recipe.clip, may_overflow=scale.is_enabled())
-            set_learning_rate(optimizer, recipe.learning_rate * rate(clock.done, warmup=recipe.warmup))
+                norm = clip_gradients(trained, recipe.clip, may_overflow=scale.is_enabled())
+            learning_rate = recipe.learning_rate * rate(clock.done, warmup=recipe.warmup)
+            set_learning_rate(optimizer, learning_rate)
             scale.step(optimizer)
             scale.update()
             optimizer.zero_grad()
             clock.tick()
             run.losses.append(loss)
-            seen = sum(int(part.keep.sum()) for part in parts)
+            seen = sum(len(each) for row in rows for each in row)
             run.tokens += seen
-            bar.update(clock.count, loss=loss, tokens=seen)
+            told = {"loss": loss, "tokens": seen, "memory": peak_memory(recipe.device)}
+            bar.update(clock.count, **told)
+            told |= {"seconds": round(clock.seconds, 3), "learning_rate": learning_rate, "gradient_norm": norm}
+            run.metrics.write(clock.step, **told)
             if run.held and len(run.evaluated) < 1 + int(recipe.evaluations * clock.count / clock.total):
-                run.evaluated.append((clock.step, run.evaluate()))
+                run.look(bar.note)
                 if run.rises():
                     return True
-            if stop.is_set() or clock.seconds - saved > 60 * recipe.save_minutes:
+            stopping = ranks.total(stop.is_set()) > 0
+            if stopping or clock.seconds - saved > 60 * recipe.save_minutes:
                 run.save()
                 saved = clock.seconds
-            if stop.is_set():
+            if stopping:
                 raise Interrupted(f"step {clock.step} is saved; go on with: {resume_command()}")
     return False
 
@@ -326,16 +375,14 @@ def figures(run: Run) -> dict[str, Any]:
     }
 
 
-def finish(run: Run, tokenizer: Tokenizer, result: dict[str, Any]) -> None:
-    """Adapter or model, the curve and the history; the state goes."""
+def finish(run: Run, result: dict[str, Any]) -> None:
+    """Adapter or model, and the history; the state goes."""
     recipe = run.recipe
     if recipe.method == "lora":
-        tokenizer.save(recipe.output)
+        run.tokenizer.save(recipe.output)
         lora.save(run.model, recipe.output, base=recipe.model)  # its config last: a folder that has one is whole
     else:
-        save(run.model.cpu(), recipe.output, tokenizer=tokenizer)
-    per_step = max(run.tokens // max(run.clock.step, 1), 1)
-    draw_curve(recipe.output / "curve.png", run.losses, run.evaluated, title=recipe.model, per_step=per_step)
+        save(run.model, recipe.output, tokenizer=run.tokenizer)
     history = {"losses": run.losses, "evaluated": run.evaluated, "recipe": comparable(recipe)}
     write_atomically(recipe.output / "training.json", json.dumps(result | history))
     (recipe.output / STATE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The `minillm` command: generate, chat, info, plan, quantize, adapter, verify, outliers, doctor.
+"""The `minillm` command: generate, chat, info, plan, quantize, adapter, plot, verify, outliers, doctor.
 
 Each subcommand is a dataclass; its fields are the flags, the string under a field its help. An error that is the
 input's fault prints one line and exits with status 2; `--debug` shows where it was raised.
@@ -20,6 +20,7 @@ from minillm.cli.adapter import Adapter
 from minillm.cli.examine import Doctor, Info, Verify
 from minillm.cli.outliers import Outliers
 from minillm.cli.plan import Plan
+from minillm.cli.plot import Plot
 from minillm.cli.quantise import Quantize
 from minillm.cli.terminal import say
 from minillm.cli.write import Chat, Generate
@@ -34,6 +35,7 @@ Command = Union[  # noqa: UP007  # `|` cannot join Annotated on Python 3.10
     Annotated[Plan, subcommand("plan")],
     Annotated[Quantize, subcommand("quantize")],
     Annotated[Adapter, subcommand("adapter")],
+    Annotated[Plot, subcommand("plot")],
     Annotated[Verify, subcommand("verify")],
     Annotated[Outliers, subcommand("outliers")],
     Annotated[Doctor, subcommand("doctor")],

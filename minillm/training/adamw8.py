@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minillm.errors import CheckpointError, InputError, NumericsError
 from minillm.ops import adamw8, native
+from minillm.training.spread import local, placed
 
 #: Gradients below it have squares in fp32, whose largest number is below (2^64)^2.
 LARGEST_GRADIENT = 2.0**64
@@ -32,6 +33,10 @@ class AdamW8(torch.optim.Optimizer):
         exp_avg, exp_avg_sq                  instead of these in a small one: fp32, in the parameter's shape
 
     A state that is saved and loaded goes on bit for bit: the codes are saved, not what they mean.
+
+    Of a parameter that is cut over ranks (FSDP2's DTensor) each has the state of its own rows. Blocks are then those of
+    the whole parameter, so that steps and saved states do not depend on the number of ranks; parameters whose rows
+    cannot be cut between blocks are refused.
 
     `step` raises NumericsError where a gradient is not finite, or has no square in fp32, and names the parameter;
     nothing has changed then. InputError for settings out of range and parameters of another format, CheckpointError for
@@ -62,6 +67,7 @@ class AdamW8(torch.optim.Optimizer):
         for name, p in _named(group, len(self.param_groups)):
             if p.dtype not in native.FORMATS:
                 raise InputError(f"{name} is {p.dtype}; AdamW8 takes {', '.join(map(str, native.FORMATS))}")
+            _check_cut(name, p, group["smallest"])
         self.param_groups.append(group)
 
     @torch.no_grad()
@@ -113,7 +119,7 @@ class AdamW8(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             for key, (dtype, shape) in _layout(p, group["smallest"]).items():
-                state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
+                state[key] = placed(torch.zeros(shape, dtype=dtype, device=p.device), p)
         state["step"] += 1
         rates = adamw8.rates(
             int(state["step"]),
@@ -123,13 +129,14 @@ class AdamW8(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
         )
         assert p.grad is not None
+        own, gradient, state = local(p), local(p.grad), {key: local(value) for key, value in state.items()}
         if "exp_avg" in state:
-            adamw8.update_ref(p, p.grad, state["exp_avg"], state["exp_avg_sq"], rates)
+            adamw8.update_ref(own, gradient, state["exp_avg"], state["exp_avg_sq"], rates)
             return
-        dense = p.contiguous()
-        adamw8.step(dense, p.grad.contiguous(), adamw8.Moments(*(state[key] for key in _EIGHT_BITS)), rates)
-        if dense.data_ptr() != p.data_ptr():
-            p.copy_(dense)
+        dense = own.contiguous()
+        adamw8.step(dense, gradient.contiguous(), adamw8.Moments(*(state[key] for key in _EIGHT_BITS)), rates)
+        if dense.data_ptr() != own.data_ptr():
+            own.copy_(dense)
 
 
 #: In the order of adamw8.Moments.
@@ -169,12 +176,24 @@ def _check_settings(group: dict[str, Any]) -> None:
         raise InputError(wrong[0])
 
 
+def _check_cut(name: str, p: Tensor, smallest: float) -> None:
+    sharded: Any = p
+    if not hasattr(p, "device_mesh") or p.numel() < smallest:
+        return
+    parts = sharded.device_mesh.size()
+    if p.shape[0] % parts or p.numel() // parts % adamw8.BLOCK:
+        raise InputError(
+            f"{name}, {tuple(p.shape)}, cannot be cut into {parts} equal parts of whole blocks of {adamw8.BLOCK} "
+            "numbers, as adamw8 with fsdp needs; take --optimizer adamw, or --parallel ddp"
+        )
+
+
 def _check_gradient(name: str, p: Tensor) -> None:
-    g = p.grad
-    assert g is not None
+    assert p.grad is not None
+    g = local(p.grad)
     if g.layout != torch.strided:
         raise InputError(f"the gradient of {name} is sparse; make its embedding without sparse=True")
-    least, most = (float(x) for x in torch.aminmax(g))
+    least, most = (float(x) for x in torch.aminmax(g)) if g.numel() else (0.0, 0.0)  # a rank may have no row of it
     largest = max(-least, most)  # NaN: both are
     if not largest < LARGEST_GRADIENT:
         raise NumericsError(

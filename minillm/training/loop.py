@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from minillm.data.batches import Batch
 from minillm.errors import InputError, NumericsError
 from minillm.losses import count_targets
+from minillm.training import ranks, spread
 from minillm.training.token_loss import TokenLoss, whole_rows
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -52,20 +53,26 @@ def accumulate(
 ) -> float:
     """Add the gradients of the mean token loss over all batches together; returns that loss.
 
-    model: a `Decoder`, another module tokens -> logits, or a `TokenLoss`, as it is or spread over processes. batches:
-    (B_i, T_i) int64 each, every token a target; or `Batch`es, which say what is padding and what is taught. scale: what
-    gradients are multiplied by. Every token weighs the same however it is batched: one batch of 8 rows, or 8 of one,
-    give the same gradient. Raises NumericsError where the loss is not finite, before any weight is touched.
+    model: a `Decoder`, another module tokens -> logits, or a `TokenLoss`, as it is or spread over ranks
+    (`minillm.training.spread`), each of which brings its own batches. batches: (B_i, T_i) int64 each, every token a
+    target; or `Batch`es, which say what is padding and what is taught. scale: what gradients are multiplied by. Every
+    token weighs the same however it is batched: one batch of 8 rows, 8 of one, or one of 4 on each of two ranks give
+    the same gradient. Raises NumericsError where the loss is not finite, before any weight is touched, on all ranks.
     """
     measured = model if isinstance(getattr(model, "module", model), TokenLoss) else TokenLoss(model)
     parts = [each if isinstance(each, Batch) else whole_rows(each) for each in batches]
-    total = sum(int(count_targets(part.tokens, part.taught)) for part in parts)
+    is_spread = spread.is_spread(measured)
+    total: float = sum(int(count_targets(part.tokens, part.taught)) for part in parts)
+    total = int(ranks.total(total)) if is_spread else total
     loss = 0.0
-    for part in parts:
-        with autocast(part.tokens.device, precision):
-            share: Tensor = measured(part, max(total, 1))
-        (share if scale is None else scale.scale(share)).backward()
+    for place, part in enumerate(parts, 1):
+        with spread.adding(measured, last=place == len(parts)):
+            with autocast(part.tokens.device, precision):
+                share: Tensor = measured(part, max(total, 1))
+            sought = share * ranks.world() if is_spread else share  # as gradients become the mean over the ranks
+            (sought if scale is None else scale.scale(sought)).backward()
         loss += share.item()
+    loss = ranks.total(loss) if is_spread else loss
     if not math.isfinite(loss):
         raise NumericsError(f"the loss is {loss}; lower the learning rate, or warm up longer")
     return loss
@@ -76,7 +83,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], longest: float, *, may_ov
 
     Raises NumericsError where it is not finite, unless they `may_overflow`, as scaled gradients of fp16 do.
     """
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, longest))
+    norm = float(spread.whole(torch.nn.utils.clip_grad_norm_(parameters, longest)))
     if not math.isfinite(norm) and not may_overflow:
         raise NumericsError(f"the gradient's norm is {norm} while the loss is finite; lower the learning rate")
     return norm
@@ -117,7 +124,8 @@ class Clock:
     """How much of a run is over, counted in steps, or in minutes of training (pauses before `resume` are none).
 
     A run counted in steps is the same on every machine and can be repeated to the last bit. One counted in minutes does
-    what the machine manages, and is ready when it was promised to be.
+    what the machine manages, and is ready when it was promised to be. Of several ranks the first one's clock counts, as
+    it was when the last step ended: all of them see the same time.
     """
 
     def __init__(self, *, steps: int | None = None, minutes: float | None = None) -> None:
@@ -130,16 +138,16 @@ class Clock:
         self.step = 0
         self.unit = "step" if minutes is None else "s"
         self.total: float = steps if steps is not None else (minutes or 0) * 60
-        self._earlier, self._begin = 0.0, time.monotonic()
+        self._earlier, self._begin, self._agreed = 0.0, time.monotonic(), 0.0
 
     def resume(self, step: int, seconds: float) -> None:
         """Go on from where an earlier part of the run stopped."""
-        self.step, self._earlier, self._begin = step, seconds, time.monotonic()
+        self.step, self._earlier, self._begin, self._agreed = step, seconds, time.monotonic(), seconds
 
     @property
     def seconds(self) -> float:
         """Time spent training, in all parts of the run."""
-        return self._earlier + time.monotonic() - self._begin
+        return self._agreed if ranks.world() > 1 else self._earlier + time.monotonic() - self._begin
 
     @property
     def count(self) -> float:
@@ -157,6 +165,7 @@ class Clock:
 
     def tick(self) -> None:
         self.step += 1
+        self._agreed = ranks.firsts(self._earlier + time.monotonic() - self._begin)
 
 
 @contextlib.contextmanager

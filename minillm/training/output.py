@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillm.atomic import remove_abandoned
 from minillm.checkpoint.load import load_model
 from minillm.checkpoint.save import save
 from minillm.data.tokenizer import Tokenizer
@@ -43,6 +44,7 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise InputError(f"{folder}: holds a finished run; give --overwrite to start anew, or another --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(folder)  # a killed run's half-written state would fill the disk until something is saved
         if not resume:
             for file in (*finished, state):
                 file.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""How a long run is doing, while it runs: step, loss, tokens a second, time left.
+"""How a long run is doing, while it runs: step, loss, tokens a second, memory, time left.
 
-    pretrain ━━━━━━━━━╸━━━━━━━━  412/900 step  loss 3.207  7,412 tokens/s  0:01:07 left
+    pretrain ━━━━━━━━╸━━━━━━━  412/900 step  loss 3.207  7,412 tokens/s  2.1 GB  0:01:07 left
 
 On a terminal a live line; elsewhere (a log file, CI) a plain line every ten seconds. Both go to standard error, so that
 standard output carries results only.
@@ -19,9 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from minillm.training import ranks
+
 _QUIET_SECONDS = 10.0
 _RATE_SECONDS = 20.0  # tokens/s is that of the last stretch, so that it follows the machine
-_MEMORY = 0.9
+_REMEMBERED = 0.9
 
 
 class Progress:
@@ -34,10 +36,10 @@ class Progress:
     def __init__(
         self, description: str, *, total: float, unit: str = "step", done: float = 0, console: Console | None = None
     ) -> None:
-        self.loss = float("nan")
+        self.loss, self._memory = float("nan"), 0
         self._description, self._total, self._unit = description, total, unit
         self._first, self._done = done, done  # a resumed run starts in the middle
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(stderr=True, quiet=not ranks.is_first())
         self._weight = 0.0
         self._begin = self._said = time.monotonic()
         self._recent = deque([(self._begin, 0)])  # (time, tokens so far)
@@ -62,14 +64,14 @@ class Progress:
         if not self._console.is_terminal:
             self._say()
 
-    def update(self, done: float, *, loss: float | None = None, tokens: int = 0) -> None:
-        """`done` of `total` is over; `loss` of the newest batch, `tokens` it held."""
+    def update(self, done: float, *, loss: float | None = None, tokens: int = 0, memory: int = 0) -> None:
+        """`done` of `total` is over; `loss` of the newest batch, `tokens` it held; peak of `memory` in bytes so far."""
         now = time.monotonic()
-        self._done = done
+        self._done, self._memory = done, memory
         if loss is not None:
-            earlier = _MEMORY * self._weight
-            self._weight = earlier + 1 - _MEMORY
-            self.loss = loss if earlier == 0 else (earlier * self.loss + (1 - _MEMORY) * loss) / self._weight
+            earlier = _REMEMBERED * self._weight
+            self._weight = earlier + 1 - _REMEMBERED
+            self.loss = loss if earlier == 0 else (earlier * self.loss + (1 - _REMEMBERED) * loss) / self._weight
         self._recent.append((now, self._recent[-1][1] + tokens))
         while len(self._recent) > 2 and now - self._recent[1][0] > _RATE_SECONDS:
             self._recent.popleft()
@@ -78,14 +80,20 @@ class Progress:
             self._said = now
             self._say()
 
+    def note(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
     def status(self) -> str:
-        """`412/900 step  loss 3.207  7,412 tokens/s  0:01:07 left`, without what is not known."""
+        """`412/900 step  loss 3.207  7,412 tokens/s  2.1 GB  0:01:07 left`, without what is not known."""
         (begin, before), (end, after) = self._recent[0], self._recent[-1]
         parts = [f"{self._done:.0f}/{self._total:.0f} {self._unit}"]
         if self.loss == self.loss:
             parts.append(f"loss {self.loss:.3f}")
         if after > before and end > begin:
             parts.append(f"{(after - before) / (end - begin):,.0f} tokens/s")
+        if self._memory:
+            parts.append(f"{self._memory / 1e9:.1f} GB")
         if self._done > self._first:
             parts.append(f"{_clock(self._seconds_left())} left")
         return "  ".join(parts)

@@ -2,7 +2,8 @@
 
     model.<name>                   every parameter that is trained; frozen ones are the base's, which the recipe names
     optimizer.<name>.<moment>      what the optimizer keeps for it: exp_avg, exp_avg_sq, step
-    random                         torch's global random state (dropout, sampling)
+    random, random.cuda:0 ...      torch's global random states (dropout, sampling): the CPU's, each used GPU's; of
+                                   several ranks the first one's (they seed each step: `minillm.training.ranks.seed`)
     metadata "progress"            JSON: step, seconds, history, recipe ... whatever the caller hands over
 
 One file, because one rename is atomic and two are not: killed at any moment, a run leaves the old state or the new one.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +27,29 @@ from minillm.atomic import atomic_file
 from minillm.checkpoint.safetensors_header import write_header
 from minillm.checkpoint.tensor_file import as_bytes
 from minillm.errors import CheckpointError
+from minillm.training import ranks
+from minillm.training.spread import placed, whole
 
 
 def save_state(
     path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
 ) -> None:
-    """Write model, optimizer, random state and `progress` (anything JSON holds) to `path`, atomically."""
+    """Write model, optimizer, random state and `progress` (anything JSON holds) to `path`, atomically.
+
+    Of several ranks all have to call it; the first one writes, tensors of which each has a part come together one at a
+    time, and all wait until the state is there. Raises CheckpointError where the disk does not take it; the state
+    before stays.
+    """
     tensors = _tensors(model, optimizer)
     header, order = write_header(tensors, {"progress": json.dumps(progress)})
-    try:
-        with atomic_file(path) as file:
+    with atomic_file(path) if ranks.is_first() else nullcontext() as file:
+        if file is not None:
             file.write(header)
-            for name in order:
-                file.write(as_bytes(tensors[name].detach().cpu().contiguous()))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror}); free space or choose another") from error
+        for name in order:
+            tensor = whole(tensors[name].detach())
+            if file is not None:
+                file.write(as_bytes(tensor.cpu().contiguous()))
+    ranks.wait()
 
 
 def read_progress(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -55,6 +65,8 @@ def read_progress(path: str | os.PathLike[str]) -> dict[str, Any]:
 def load_state(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Fill model, optimizer and torch's random state from `path`, bit for bit; returns `progress`.
 
+    Every rank reads the file; it does not matter how many there were when it was written, nor what each of them held.
+
     Raises CheckpointError for a file that is damaged, or whose parameters are not those of this model; nothing is
     changed then.
     """
@@ -64,17 +76,21 @@ def load_state(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.
     parameters = _trained(model)
     _check_same(Path(path), tensors, parameters)
     for name, parameter in parameters.items():
-        parameter.copy_(tensors[f"model.{name}"])
+        parameter.copy_(placed(tensors[f"model.{name}"], parameter))
         prefix = f"optimizer.{name}."
         moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if moments:
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+            optimizer.state[parameter] = {key: placed(value, parameter) for key, value in moments.items()}
     torch.set_rng_state(tensors["random"])
+    for name in [name for name in tensors if name.startswith("random.") and ranks.is_first()]:
+        torch.cuda.set_rng_state(tensors[name], name.removeprefix("random."))
     return progress
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {"random": torch.get_rng_state()}
+    for device in {parameter.device for parameter in _trained(model).values() if parameter.is_cuda}:
+        tensors[f"random.{device}"] = torch.cuda.get_rng_state(device)
     for name, parameter in _trained(model).items():
         tensors[f"model.{name}"] = parameter
         for key, value in optimizer.state.get(parameter, {}).items():

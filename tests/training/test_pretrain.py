@@ -15,6 +15,7 @@ import torch
 import minillm
 from minillm.data.corpus import Windows
 from minillm.errors import ConfigError, InputError
+from minillm.training.metrics import read_lines
 from minillm.training.recipe import Interrupted, run
 from scripts import pretrain
 from scripts.pretrain import Pretrain, main
@@ -61,7 +62,7 @@ def history(folder: Path) -> dict[str, Any]:
 def test_a_run_leaves_a_model_a_curve_and_figures(recipe: Pretrain, capsys: pytest.CaptureFixture[str]) -> None:
     result = main(recipe)
     assert sorted(path.name for path in recipe.output.iterdir()) == [
-        *("config.json", "curve.png", "generation_config.json", "model.safetensors"),
+        *("config.json", "curve.png", "generation_config.json", "metrics.jsonl", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json", "training.json"),
     ]
     assert (recipe.output / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -71,6 +72,11 @@ def test_a_run_leaves_a_model_a_curve_and_figures(recipe: Pretrain, capsys: pyte
     assert result["held_out_perplexity"] == pytest.approx(math.exp(result["held_out_loss"]))
     told = history(recipe.output)
     assert len(told["losses"]) == 6 and [step for step, _ in told["evaluated"]] == [2, 4, 6]
+    lines = read_lines(recipe.output / "metrics.jsonl")
+    assert [line["loss"] for line in lines if "loss" in line] == told["losses"]
+    assert [[line["step"], line["held_out"]] for line in lines if "held_out" in line] == told["evaluated"]
+    assert [line["tokens"] for line in lines if "tokens" in line] == [64 * step for step in range(1, 7)]
+    assert all(0 < line["gradient_norm"] < 100 for line in lines if "loss" in line)
     output = capsys.readouterr().out
     assert output.count("--- greedy\n1 + ") == 1, "the long prompt does not fit the context and is passed over"
 
@@ -116,6 +122,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe: Pretrain, monkeypa
         assert torch.equal(weights(recipe.output)[name], tensor), name
     ours, theirs = history(recipe.output), history(straight.output)
     assert ours["losses"] == theirs["losses"] and ours["evaluated"] == theirs["evaluated"]
+    ours, theirs = (read_lines(each.output / "metrics.jsonl") for each in (recipe, straight))
+    for key in ("step", "tokens", "loss", "learning_rate", "gradient_norm", "held_out"):
+        assert [line.get(key) for line in ours] == [line.get(key) for line in theirs], key
     assert not (recipe.output / "state.safetensors").exists()
 
 

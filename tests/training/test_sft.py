@@ -18,6 +18,7 @@ from minillm.data.examples import make_examples
 from minillm.data.records import read_records
 from minillm.errors import CheckpointError, InputError
 from minillm.training.loop import accumulate
+from minillm.training.metrics import read_lines
 from minillm.training.recipe import Interrupted
 from scripts import sft
 from scripts.sft import Sft, main
@@ -59,8 +60,8 @@ def test_adapters_learn(fields: dict[str, Any], recipe: Sft) -> None:
     result = main(recipe)
     assert result["steps"] == 8 and result["held_out"] < 0.9 * result["held_out_before"]
     assert sorted(path.name for path in recipe.output.iterdir()) == [
-        *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "curve.png"),
-        *("tokenizer.json", "tokenizer_config.json", "training.json"),
+        *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "curve.png", "metrics.jsonl"),
+        *("samples.jsonl", "tokenizer.json", "tokenizer_config.json", "training.json"),
     ]
     assert [step for step, _ in json.loads((recipe.output / "training.json").read_text())["evaluated"]] == [0, 4, 8]
     model = minillm.load_model(recipe.model, dtype=None if recipe.dtype == "auto" else recipe.dtype)
@@ -96,6 +97,76 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     ours, theirs = (json.loads((each.output / "training.json").read_text()) for each in (recipe, straight))
     assert ours["losses"] == theirs["losses"] and ours["evaluated"] == theirs["evaluated"]
     assert not (recipe.output / "state.safetensors").exists()
+    assert written(recipe.output) == written(straight.output)
+
+
+#: What differs from run to run: they measure the machine.
+CLOCKS = ("seconds", "tokens_per_second", "memory")
+
+
+def written(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """metrics.jsonl without the clocks, and samples.jsonl."""
+    lines = read_lines(folder / "metrics.jsonl")
+    timeless = [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
+    return timeless, read_lines(folder / "samples.jsonl")
+
+
+def test_every_step_and_every_look_is_a_line(recipe: Sft) -> None:
+    result = main(recipe)
+    told = json.loads((recipe.output / "training.json").read_text())
+    lines = read_lines(recipe.output / "metrics.jsonl")
+    steps, looks = [each for each in lines if "loss" in each], [each for each in lines if "held_out" in each]
+    assert [(each["step"], each["loss"]) for each in steps] == list(enumerate(told["losses"], 1))
+    assert [[each["step"], each["held_out"]] for each in looks] == told["evaluated"]
+    assert steps[-1]["tokens"] == result["tokens"]
+    assert steps[3]["learning_rate"] == pytest.approx(1e-2 * (1 - 3.5 / 8) / 0.95)
+    assert all(0 < each["gradient_norm"] < 100 and each["memory"] > 1e7 for each in steps)
+    assert all(each["tokens_per_second"] > 0 for each in steps)
+    assert [each["step"] for each in lines] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+
+
+def test_samples_continue_held_out_prompts_greedily(recipe: Sft, capsys: pytest.CaptureFixture[str]) -> None:
+    main(replace(recipe, learning_rate=3e-2, steps=24))
+    samples = read_lines(recipe.output / "samples.jsonl")
+    assert [each["step"] for each in samples] == [0, 0, 12, 12, 24, 24]
+    for each in samples:
+        a, b = each["prompt"].removesuffix(" =").split(" + ")
+        assert each["wanted"].strip() == "I" * (int(a) + int(b))
+    assert f"{samples[-1]['prompt']} → {samples[-1]['text'].strip()}"[:60] in capsys.readouterr().err
+    model, tokenizer = minillm.load(recipe.model)
+    lora.load(model, recipe.output)
+    (answer,) = minillm.generate(model, tokenizer, samples[-1]["prompt"], do_sample=False, max_new_tokens=48)
+    assert samples[-1]["text"] == answer.text
+
+
+def test_looking_changes_nothing(recipe: Sft) -> None:
+    """Dropout draws from the stream that samples must leave alone."""
+    found = []
+    for samples in (0, 3):
+        main(replace(recipe, samples=samples, dropout=0.3, overwrite=True))
+        found.append(adapter(recipe.output))
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def test_a_killed_run_goes_on_without_the_lines_after_its_state(recipe: Sft, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = replace(recipe, output=recipe.output.with_name("straight"))
+    main(straight)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(5, patch)
+        main(recipe)
+    for name in ("metrics.jsonl", "samples.jsonl"):  # it went on to step 6, and was killed in the middle of a line
+        with open(recipe.output / name, "a") as file:
+            file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
+    main(replace(recipe, resume=True, samples=3))
+    (ours, our_samples), (theirs, their_samples) = written(recipe.output), written(straight.output)
+    assert ours == theirs and our_samples[:4] == their_samples[:4] and len(our_samples) == 7
+
+
+def test_starting_anew_starts_the_lines_anew(recipe: Sft) -> None:
+    main(recipe)
+    main(replace(recipe, overwrite=True, steps=2, samples=0))
+    assert [each["step"] for each in read_lines(recipe.output / "metrics.jsonl")] == [0, 1, 1, 2, 2]
+    assert not (recipe.output / "samples.jsonl").exists()
 
 
 def test_gradients_do_not_depend_on_how_rows_are_batched(recipe: Sft) -> None:
@@ -131,9 +202,12 @@ def test_recomputing_gives_every_adapter_its_gradient(recipe: Sft) -> None:
         assert torch.equal(gradient, found[1][name]), name
 
 
-def test_learning_by_heart_ends_the_run(recipe: Sft) -> None:
+def test_learning_by_heart_ends_the_run(recipe: Sft, capsys: pytest.CaptureFixture[str]) -> None:
     result = main(replace(recipe, learning_rate=0.5, steps=40, evaluations=20, patience=2, warmup=0.0))
     assert result["ended_early"] and result["steps"] < 40
+    losses = [loss for _, loss in json.loads((recipe.output / "training.json").read_text())["evaluated"]]
+    rises = sum(loss > min(losses[:at]) for at, loss in enumerate(losses) if at)
+    assert rises >= 2 and capsys.readouterr().err.count("learning by heart begins") == rises
 
 
 @pytest.mark.oracle
@@ -195,6 +269,7 @@ def test_bad_input_is_one_line(fields: dict[str, Any], words: str, recipe: Sft) 
         ({"steps": 3, "minutes": 1.0}, "in steps or in minutes, not in both"),
         ({"batch": 0}, "batch is 0"),
         ({"held_out": 1.0}, "held_out is 1.0"),
+        ({"samples": -1}, "samples is -1"),
     ],
 )
 def test_choices_that_make_no_sense(fields: dict[str, Any], words: str, recipe: Sft) -> None:

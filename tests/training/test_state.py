@@ -63,6 +63,18 @@ def test_stopped_and_continued_equals_never_stopped(tmp_path: Path) -> None:
             assert torch.equal(its_optimizer.state[ours][key], value), key
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpus_random_state_comes_back(tmp_path: Path) -> None:
+    model, optimizer = fresh()
+    model.cuda()
+    save_state(tmp_path / "s", model, optimizer, {})
+    drawn = torch.rand(3, device="cuda")
+    torch.cuda.manual_seed(99)
+    load_state(tmp_path / "s", model, optimizer)
+    assert torch.equal(torch.rand(3, device="cuda"), drawn)
+
+
 def test_progress_comes_back_as_it_was(tmp_path: Path) -> None:
     progress = {"step": 7, "seconds": 0.1 + 0.2, "losses": [1 / 3, 2e-308], "recipe": {"text": None, "é": "\n"}}
     save_state(tmp_path / "s", *fresh(), progress)

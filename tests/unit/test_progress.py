@@ -46,6 +46,21 @@ def test_rates_and_time_left(clock: Time) -> None:
     assert progress.status() == "10/100 step  loss 3.000  250 tokens/s  0:03:00 left"
 
 
+def test_the_peak_of_memory(clock: Time) -> None:
+    progress = Progress("train", total=2, console=quiet())
+    progress.update(1, loss=3.0, memory=2_149_000_000)
+    assert progress.status() == "1/2 step  loss 3.000  2.1 GB  0:00:00 left"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_note_is_a_line_of_its_own_as_it_is(terminal: bool) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=60)
+    text = "  [INST] what? [/INST] :smile: " + "long " * 20
+    with Progress("train", total=2, console=console) as progress:
+        progress.note(text)
+    assert text.rstrip() in written(console)
+
+
 def test_the_rate_is_that_of_the_last_stretch(clock: Time) -> None:
     progress = Progress("train", total=100, console=quiet())
     for step in range(1, 61):
