@@ -19,9 +19,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minillm.ops.lean import swiglu_gradients
 from minillm.ops.matmul import product
 
 
@@ -62,14 +64,17 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def linears(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
-    """x (..., K) -> y_i (..., N_i) of each `LoraLinear`; differentiable once, in x and the adapters."""
+def linears(layers: Sequence[Any], x: Tensor, up: Tensor | None = None) -> list[Tensor]:
+    """x (..., K) -> y_i (..., N_i) of each `LoraLinear`; differentiable once, in x and the adapters.
+
+    up (..., K): the layers' x is silu(x) up (SwiGLU), which is computed again in the backward pass instead of kept.
+    """
     factors = [_factors(layer) for layer in layers]
     counts = [len(each) for each in factors]
     scales = [each.scale for layer in factors for each in layer]
     tensors = [tensor for layer in factors for each in layer for tensor in (each.a, each.b)]
     plan = _Plan([layer.base for layer in layers], counts, scales)
-    return list(_Together.apply(x, plan, *tensors))
+    return list(_Together.apply(x, up, plan, *tensors))
 
 
 def _factors(layer: Any) -> list[Factors]:
@@ -100,23 +105,23 @@ class _Plan(NamedTuple):
 
 class _Together(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])  # (M, K)
-        outputs = _bases(plan.bases, x)
+    def forward(ctx: Any, x: Tensor, up: Tensor | None, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        rows = _rows_of(x, up)  # (M, K)
+        outputs = _bases(plan.bases, rows.view(x.shape))
         factors = list(zip(tensors[::2], tensors[1::2], plan.scales, strict=True))
         middle = rows @ _stacked(tensors[::2], rows).T if factors else rows[:, :0]  # (M, sum of R)
         parts = plan.by_base(list(zip(factors, _columns(middle, tensors[::2]), strict=True)))
         for y, part in zip(outputs, parts, strict=True):
             for (_, b, scale), inner in part:
                 y.view(-1, y.shape[-1]).addmm_(inner, b.T.to(y.dtype), alpha=scale)
-        ctx.plan, ctx.shape = plan, x.shape
-        ctx.save_for_backward(rows, middle, *tensors)
+        ctx.plan = plan
+        ctx.save_for_backward(x, up, middle, *tensors)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, middle, *tensors = ctx.saved_tensors
+        x, up, middle, *tensors = ctx.saved_tensors
         plan: _Plan = ctx.plan
         flat = [g.reshape(-1, g.shape[-1]) for g in gradients]  # (M, N) each
         of_factor = [g for g, count in zip(flat, plan.counts, strict=True) for _ in range(count)]
@@ -125,18 +130,26 @@ class _Together(torch.autograd.Function):
         for n, (g, inner) in enumerate(zip(of_factor, _columns(middle, tensors[::2]), strict=True)):
             b, scale = tensors[2 * n + 1], plan.scales[n]
             outer.append(g @ (b * scale).to(g.dtype))
-            if ctx.needs_input_grad[2 + 2 * n + 1]:
+            if ctx.needs_input_grad[3 + 2 * n + 1]:
                 found[2 * n + 1] = (inner.T @ g).T.to(b.dtype).mul_(scale)
         together = torch.cat(outer, dim=1) if outer else middle
-        if any(ctx.needs_input_grad[2::2]):
-            found[::2] = _rows(together.T @ rows, tensors[::2])
-        for_x = None
-        if ctx.needs_input_grad[0]:
+        if any(ctx.needs_input_grad[3::2]):
+            found[::2] = _rows(together.T @ _rows_of(x, up), tensors[::2])
+        for_x = for_up = None
+        if any(ctx.needs_input_grad[:2]):
             for_x = _input_gradient(plan.bases, flat)
             if outer:
                 for_x.addmm_(together, _stacked(tensors[::2], together))
-            for_x = for_x.view(ctx.shape)
-        return for_x, None, *found
+            for_x = for_x.view(x.shape)
+            if up is not None:
+                for_x, for_up = swiglu_gradients(for_x, x, up, wants_up=ctx.needs_input_grad[1])
+        return for_x, for_up, None, *found
+
+
+def _rows_of(x: Tensor, up: Tensor | None) -> Tensor:
+    """What the layers multiply: (M, K)."""
+    x = x if up is None else F.silu(x).mul_(up)
+    return x.reshape(-1, x.shape[-1])
 
 
 def _bases(bases: Sequence[Any], x: Tensor) -> list[Tensor]:

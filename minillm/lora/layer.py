@@ -138,6 +138,12 @@ class LoraLinear(Adapted):
         """Several layers of one x; see `minillm.model.linear.project`."""
         return as_one.linears(linears, x) if as_one.serves(linears, x) else [linear(x) for linear in linears]
 
+    def of_swiglu(self, gate: Tensor, up: Tensor) -> Tensor | None:
+        """`self(silu(gate) * up)` without keeping the product; None where that cannot be."""
+        if gate.dtype != up.dtype or self._forward_hooks or self._forward_pre_hooks or not as_one.serves([self], gate):
+            return None
+        return as_one.linears([self], gate, up)[0]
+
     def forward(self, x: Tensor) -> Tensor:
         if as_one.serves([self], x):
             return as_one.linears([self], x)[0]

@@ -38,6 +38,12 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = project(x, self.gate_proj, self.up_proj)
+        if (
+            self.activation is F.silu
+            and lean.wanted(gate, up)
+            and (y := _kept_small(self.down_proj, gate, up)) is not None
+        ):
+            return y
         return self.down_proj(self.gated(gate, up))
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -49,6 +55,12 @@ class GatedMLP(nn.Module):
         activated = self.activation(gate)
         # without gradients the product takes the place of what only it reads: fresh pages cost as much as the product
         return activated * up if torch.is_grad_enabled() else activated.mul_(up)
+
+
+def _kept_small(down: nn.Module, gate: Tensor, up: Tensor) -> Tensor | None:
+    """down(silu(gate) * up) from a layer that can compute the product again in the backward pass; None from others."""
+    of_swiglu = getattr(down, "of_swiglu", None)
+    return None if of_swiglu is None else of_swiglu(gate, up)
 
 
 class PlainMLP(nn.Module):

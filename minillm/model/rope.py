@@ -32,13 +32,15 @@ import torch
 from torch import Tensor, nn
 
 from minillm.config import DecoderConfig, DynamicRope, LinearRope, Llama3Rope, LongRope, YarnRope
-from minillm.ops import block
+from minillm.ops import block, lean, native
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first d numbers of each head, pass the rest: x (B, H, T, E); cos, sin (B or 1, 1, T, d); d <= E."""
     if block.fast(x) and x.dtype == cos.dtype:
         return block.rotate(x, cos, sin)
+    if lean.wanted(x) and native.serves(x) and x.dtype == cos.dtype:
+        return lean.rotate(x, cos, sin)
     size = cos.shape[-1]
     turning = x if size == x.shape[-1] else x[..., :size]
     first, second = turning.chunk(2, dim=-1)

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minillm.ops import block
+
 
 def wanted(*inputs: Tensor) -> bool:
     """Whether there is a gradient to take here; torch.compile derives, and fuses, the definitions by itself."""
@@ -39,19 +41,34 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`minillm.ops.block.rotate`, on the CPU: x (B, H, T, E); differentiable once, in x."""
+    y: Tensor = _Rotate.apply(x, cos, sin)
+    return y
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, rounded between: both (..., F) of one float format -> (..., F); differentiable once."""
     y: Tensor = _SwiGLU.apply(gate, up)
     return y
 
 
+def swiglu_gradients(
+    gradient: Tensor, gate: Tensor, up: Tensor | None, wants_up: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dL/da and dL/db for g; up is None where dL/da is not wanted."""
+    for_gate = None if up is None else torch.ops.aten.silu_backward(gradient * up, gate)
+    return for_gate, F.silu(gate).mul_(gradient) if wants_up else None
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # r (..., 1)
+        unit = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32)).copy_(x)
+        inverse = torch.rsqrt(unit.square_().mean(-1, keepdim=True) + eps)  # r (..., 1)
+        unit.copy_(x).mul_(inverse)  # u
         ctx.save_for_backward(x, weight, inverse)
-        return weight * (wide * inverse).to(x.dtype)
+        return unit.to(x.dtype).mul_(weight)
 
     @staticmethod
     @once_differentiable
@@ -68,6 +85,19 @@ class _RMSNorm(torch.autograd.Function):
         return for_x, for_weight, None
 
 
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return block.rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return block.rotate(gradient, cos, -sin), None, None
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -78,6 +108,4 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         gate, up = ctx.saved_tensors
-        for_gate = torch.ops.aten.silu_backward(gradient * up, gate) if ctx.needs_input_grad[0] else None
-        for_up = F.silu(gate).mul_(gradient) if ctx.needs_input_grad[1] else None
-        return for_gate, for_up
+        return swiglu_gradients(gradient, gate, up if ctx.needs_input_grad[0] else None, ctx.needs_input_grad[1])

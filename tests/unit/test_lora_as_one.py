@@ -50,9 +50,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     original = as_one.linears
 
-    def counted(layers: Any, x: Tensor) -> list[Tensor]:
+    def counted(layers: Any, *inputs: Tensor) -> list[Tensor]:
         found.append(len(layers))
-        return original(layers, x)
+        return original(layers, *inputs)
 
     monkeypatch.setattr(as_one, "linears", counted)
     return found
