@@ -57,7 +57,14 @@ void dequantise_run(const Nf4Weight& w, int64_t begin, int64_t end, const Nf4Ker
         ++i;
     }
     while (i < end) {
-        const int64_t block = i / w.block, count = std::min(end, (block + 1) * w.block) - i;
+        const int64_t block = i / w.block, whole = i % w.block ? 0 : (end - i) / w.block;
+        if (whole && kernels.dequantise_blocks) {
+            kernels.dequantise_blocks(w.packed + i / 2, code, absmax + block - first_block, whole, w.block,
+                                      offset(out, dtype, i - begin), dtype);
+            i += whole * w.block;
+            continue;
+        }
+        const int64_t count = std::min(end, (block + 1) * w.block) - i;
         kernels.dequantise(w.packed + i / 2, code, absmax[block - first_block], count, offset(out, dtype, i - begin),
                            dtype);
         i += count;
@@ -144,9 +151,11 @@ void nf4_dequantise(const Nf4Weight& weight, const Nf4Tile& tile, void* out, Dty
     const Nf4Kernels& kernels = kernels_of(isa, dtype);
     parallel(threads, [&](int thread, int threads) {
         const Range rows = share(tile.rows, 1, thread, threads);
-        for (int64_t n = rows.begin; n < rows.end; ++n) {
+        const int64_t together = tile.columns == weight.K ? rows_together : 1;  // whole rows follow each other
+        for (int64_t n = rows.begin; n < rows.end; n += together) {
+            const int64_t count = std::min(together, rows.end - n) * tile.columns;
             const int64_t begin = (tile.row + n) * weight.K + tile.column;
-            dequantise_run(weight, begin, begin + tile.columns, kernels, offset(out, dtype, n * tile.columns), dtype);
+            dequantise_run(weight, begin, begin + count, kernels, offset(out, dtype, n * tile.columns), dtype);
         }
     });
 }

@@ -85,6 +85,9 @@ struct Nf4Kernels {
     float (*quantise)(const void* x, Dtype dtype, int64_t count, bool is_short, const Nf4Code& code, uint8_t* q);
     // Numbers of one block, from an even one on.
     void (*dequantise)(const uint8_t* packed, const float* code, float absmax, int64_t count, void* out, Dtype dtype);
+    // Whole blocks of an even length; null where `dequantise` one by one is as fast.
+    void (*dequantise_blocks)(const uint8_t* packed, const float* code, const float* absmax, int64_t blocks,
+                              int64_t block, void* out, Dtype dtype);
     // out[b] = map[codes[b]] * scale + offset, two roundings: absmax of blocks that share a scale.
     void (*widen)(const uint8_t* codes, const float* map, float scale, float offset, int64_t count, float* out);
     // y[m] = sum_k x[m, k] w[k]

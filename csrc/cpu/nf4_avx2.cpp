@@ -50,7 +50,8 @@ MINILLM_AVX2 void multiply(const float* x, int64_t M, const float* w, int64_t K,
 }  // namespace
 
 const Nf4Kernels& nf4_avx2() {
-    static const Nf4Kernels kernels = {nf4_ref().quantise, dequantise, nf4_ref().widen, multiply, nullptr, nullptr, 0};
+    static const Nf4Kernels kernels = {nf4_ref().quantise, dequantise, nullptr, nf4_ref().widen,
+                                       multiply,           nullptr,    nullptr, 0};
     return kernels;
 }
 

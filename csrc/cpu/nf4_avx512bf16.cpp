@@ -101,8 +101,14 @@ void dot(const void* arranged, int64_t M, const Nf4Row& row, const Nf4Code& code
 
 const Nf4Kernels& nf4_avx512bf16() {
     const Nf4Kernels& plain = nf4_avx512();
-    static const Nf4Kernels kernels = {
-        plain.quantise, plain.dequantise, plain.widen, plain.multiply, arrange, dot, nf4_chunk * sizeof(uint16_t)};
+    static const Nf4Kernels kernels = {plain.quantise,
+                                       plain.dequantise,
+                                       plain.dequantise_blocks,
+                                       plain.widen,
+                                       plain.multiply,
+                                       arrange,
+                                       dot,
+                                       nf4_chunk * sizeof(uint16_t)};
     return kernels;
 }
 

@@ -89,7 +89,7 @@ const Nf4Code& nf4_code(Nf4Kind kind) {
 }
 
 const Nf4Kernels& nf4_ref() {
-    static const Nf4Kernels kernels = {quantise, dequantise, widen, multiply, nullptr, nullptr, 0};
+    static const Nf4Kernels kernels = {quantise, dequantise, nullptr, widen, multiply, nullptr, nullptr, 0};
     return kernels;
 }
 

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from minillm import memory
-from minillm.ops import native
+from minillm.ops import matmul, native
 
 #: Above this, |x| is an outlier: the paper's value (§3.2, all outliers of 6.7 B models and larger are beyond 6).
 THRESHOLD = 6.0
-#: Rows of W that are in floating point at a time, in the backward pass.
-_TILE = 1024
+#: Numbers of W that are in floating point at a time, in the backward pass.
+_TILE = 2**24
 
 
 class Quantised(NamedTuple):
@@ -211,13 +211,15 @@ def _(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, threshold: float
 def input_gradient(gradient: Tensor, w: Tensor, scale: Tensor) -> Tensor:
     """g (..., N), w (N, K), scale (N,) -> g (w scale / 127) (..., K): a tile of W in floating point at a time.
 
-    Tiles multiply in the format of g and add up in fp32.
+    Tiles multiply in the format of g; where there are several they add up in fp32.
     """
-    rows = gradient.reshape(-1, gradient.shape[-1])  # (M, N)
+    rows, size = gradient.reshape(-1, gradient.shape[-1]), max(_TILE // w.shape[1], 1)  # (M, N)
+    if len(w) <= size:
+        return matmul.product(rows, dequantise(w, scale, rows.dtype)).reshape(*gradient.shape[:-1], -1)
     total = rows.new_zeros(rows.shape[0], w.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
-    for first in range(0, w.shape[0], _TILE):
-        tile = slice(first, first + _TILE)
-        total += rows[:, tile] @ dequantise(w[tile], scale[tile], rows.dtype)
+    for first in range(0, len(w), size):
+        tile = slice(first, first + size)
+        total += matmul.product(rows[:, tile], dequantise(w[tile], scale[tile], rows.dtype))
     return total.to(gradient.dtype).reshape(*gradient.shape[:-1], -1)
 
 

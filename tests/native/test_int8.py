@@ -172,8 +172,12 @@ def test_float64_takes_the_definition() -> None:
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tile", [2**24, 200 * 1024], ids=["whole", "three tiles"])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-def test_gradients_are_those_of_the_dequantised_weight(dtype: torch.dtype) -> None:
+def test_gradients_are_those_of_the_dequantised_weight(
+    dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "_TILE", tile)
     x, weight = activations(5, 200, dtype).requires_grad_(), weight_of(2100, 200, dtype, bias=True)
     assert weight.bias is not None
     weight.bias.requires_grad_()
