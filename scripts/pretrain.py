@@ -33,7 +33,7 @@ from minillm.training.evaluate import HeldOut, held_out
 from minillm.training.loop import Clock, Precision, accumulate, clip_gradients, faster_precision, interruptible
 from minillm.training.metrics import Metrics, need_tensorboard, peak_memory
 from minillm.training.optim import adamw, set_learning_rate, warmup_cosine
-from minillm.training.output import STATE, check_same, claim, comparable, save_checked
+from minillm.training.output import STATE, check_same, claim, clear, comparable, save_checked
 from minillm.training.picture import draw_curve
 from minillm.training.progress import Progress
 from minillm.training.recipe import Interrupted, resume_command, run
@@ -191,6 +191,8 @@ def main(recipe: Pretrain) -> dict[str, Any]:
     as_device(recipe.device)
     claim(recipe.output, resume=recipe.resume, overwrite=recipe.overwrite)
     text = read(recipe)
+    if not recipe.resume:
+        clear(recipe.output)
     tokenizer = Tokenizer.from_tokenizers(text.pipeline, bos=END_OF_TEXT, eos=END_OF_TEXT)
     tokenizer.save(recipe.output)  # a resumed run needs the same
     say(f"text: {text.source}, {len(text.training):,} tokens to train on, {len(text.held_out):,} held out")

@@ -29,10 +29,9 @@ from rich.console import Console
 
 from minillm import Decoder, Tokenizer, load, lora, save
 from minillm.atomic import write_atomically
-from minillm.data.batches import Batch, Batches
-from minillm.data.examples import Example, make_examples
+from minillm.data.batches import Batches
+from minillm.data.examples import Example, divided, make_examples
 from minillm.data.records import read_records
-from minillm.data.seeded import permutation
 from minillm.errors import InputError
 from minillm.losses import count_targets
 from minillm.placement import as_device
@@ -50,13 +49,13 @@ from minillm.training.loop import (
 )
 from minillm.training.metrics import Metrics, need_tensorboard, peak_memory
 from minillm.training.optim import make_optimizer, set_learning_rate, warmup_cosine, warmup_linear
-from minillm.training.output import STATE, check_same, claim, comparable
+from minillm.training.output import BEST, STATE, check_same, claim, clear, comparable
 from minillm.training.picture import draw_curve
 from minillm.training.progress import Progress
 from minillm.training.recipe import Interrupted, resume_command, run
 from minillm.training.samples import overfitting, show_samples
 from minillm.training.spread import gather, is_sharded, spread
-from minillm.training.state import load_state, read_progress, save_state
+from minillm.training.state import load_parameters, load_state, read_progress, save_parameters, save_state
 from minillm.training.token_loss import TokenLoss
 
 
@@ -178,7 +177,7 @@ class Run:
     def __init__(self, recipe: Sft, model: Decoder, tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
         self.recipe, self.model, self.tokenizer = recipe, model, tokenizer
         self.measured = spread(TokenLoss(model), recipe.parallel)
-        held, training = divided(examples, recipe.held_out, recipe.seed)
+        held, training = divided(examples, recipe.held_out, seed=recipe.seed)
         pack_to = min(recipe.context or model.config.context, model.config.longest) if recipe.pack else None
         self.batches = Batches(training, size=recipe.batch, seed=recipe.seed, pack_to=pack_to)
         self.held = held
@@ -224,6 +223,8 @@ class Run:
         self.evaluated.append((step, self.evaluate()))
         self.metrics.write(step, seconds=round(self.clock.seconds, 3), held_out=self.evaluated[-1][1])
         say(overfitting(self.evaluated) or f"step {step}: the held-out loss is {self.evaluated[-1][1]:.3f}")
+        if step and self.best() == step:
+            save_parameters(self.recipe.output / BEST, self.model, {"step": step})
         examples = self.held[: self.recipe.samples]
         if ranks.is_first() and not is_sharded(self.measured):  # a model of which one has a part cannot write alone
             show_samples(self.model, self.tokenizer, examples, step, metrics=self.metrics, say=say)
@@ -235,12 +236,24 @@ class Run:
         nats, tokens, size = 0.0, 0, self.recipe.batch
         for begin in range(0, len(self.held), size):
             for part in ranks.own_parts([[each] for each in self.held[begin : begin + size]], size):
-                batch = on(self.recipe.device, part)
+                batch = part.to(self.recipe.device)
                 with autocast(self.recipe.device, self.recipe.precision):
                     nats += self.measured(batch, 1).item()
                 tokens += int(count_targets(batch.tokens, batch.taught))
         self.model.train()
         return ranks.total(nats) / max(ranks.total(tokens), 1)
+
+    def best(self) -> int:
+        """The step, of those with a look at the held-out loss, where it was least; the last one if there is none."""
+        looks = [(loss, step) for step, loss in self.evaluated if step]
+        return min(looks)[1] if looks else self.clock.step
+
+    def take_best(self) -> int:
+        """Go back to that step's parameters, if others came after; returns it."""
+        step = self.best()
+        if step != self.clock.step:
+            load_parameters(self.recipe.output / BEST, self.model)
+        return step
 
     def rises(self) -> bool:
         """Whether the last `patience` looks at the held-out loss were all worse than the best before: over-fitting."""
@@ -266,6 +279,8 @@ def fine_tune(recipe: Sft) -> dict[str, Any]:
     context = min(recipe.context or model.config.context, model.config.longest)
     examples, tally = make_examples(records, tokenizer, context=context, format=recipe.format, cut=recipe.cut)
     say(f"data: {tally}")
+    if ranks.is_first() and not recipe.resume:
+        clear(recipe.output)
     run = Run(recipe, model, tokenizer, examples)
     trained = sum(x.numel() for x in model.parameters() if x.requires_grad)
     say(f"model: {trained:,} numbers are trained, {sum(x.numel() for x in model.parameters()) - trained:,} are not")
@@ -273,9 +288,12 @@ def fine_tune(recipe: Sft) -> dict[str, Any]:
         if not recipe.resume and run.held:
             run.look(say)
         ended_early = train(run)
-    result = figures(run) | {"trained": trained, "ended_early": ended_early, "records": str(tally)}
     if ended_early:
         say(f"the held-out loss has risen {recipe.patience} times: the model learns the examples by heart; ended")
+    kept = run.take_best()
+    if kept != run.clock.step:
+        say(f"kept: what was trained by step {kept}, where the held-out loss was least")
+    result = figures(run, kept) | {"trained": trained, "ended_early": ended_early, "records": str(tally)}
     gather(model)
     if ranks.is_first():
         finish(run, result)
@@ -305,20 +323,6 @@ def make_model(recipe: Sft) -> tuple[Decoder, Tokenizer]:
     return model.train(), tokenizer
 
 
-def divided(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Held-out examples and the others, drawn by the seed; at least one stays to train on."""
-    order = permutation(len(examples), seed, "held out")
-    count = min(round(fraction * len(examples)), len(examples) - 1)
-    if fraction and not count and len(examples) > 1:
-        count = 1
-    return [examples[i] for i in sorted(order[:count])], [examples[i] for i in sorted(order[count:])]
-
-
-def on(device: str, batch: Batch) -> Batch:
-    """The batch there."""
-    return Batch(*(x.to(device) for x in batch))
-
-
 def train(run: Run) -> bool:
     """The loop: one step an iteration, a look at the held-out examples now and then; True where it ended early."""
     recipe, clock, model, optimizer, scale = run.recipe, run.clock, run.model, run.optimizer, run.scale
@@ -329,7 +333,7 @@ def train(run: Run) -> bool:
     with interruptible() as stop, Progress("sft", total=clock.total, unit=clock.unit, done=clock.count) as bar:
         while not clock.over:
             rows = run.batches.rows(clock.step)
-            parts = [on(recipe.device, part) for part in ranks.own_parts(rows, recipe.micro_batch or recipe.batch)]
+            parts = [part.to(recipe.device) for part in ranks.own_parts(rows, recipe.micro_batch or recipe.batch)]
             ranks.seed(recipe.seed, clock.step)
             with naming(clock.step, (each.place for row in rows for each in row)):
                 loss = accumulate(run.measured, parts, precision=precision, scale=scale)
@@ -361,17 +365,18 @@ def train(run: Run) -> bool:
     return False
 
 
-def figures(run: Run) -> dict[str, Any]:
-    """What the run came to, as the JSON line tells it."""
+def figures(run: Run, kept: int) -> dict[str, Any]:
+    """What the run came to, as the JSON line tells it; kept: the step whose parameters are the result."""
     return {
         "output": str(run.recipe.output),
         "steps": run.clock.step,
+        "kept_step": kept,
         "tokens": run.tokens,
         "seconds": round(run.clock.seconds, 1),
         "tokens_per_second": round(run.tokens / max(run.clock.seconds, 1e-9)),
         "loss": run.losses[-1] if run.losses else None,
         "held_out_before": run.evaluated[0][1] if run.evaluated else None,
-        "held_out": run.evaluated[-1][1] if run.evaluated else None,
+        "held_out": dict(run.evaluated).get(kept),
     }
 
 
@@ -386,6 +391,7 @@ def finish(run: Run, result: dict[str, Any]) -> None:
     history = {"losses": run.losses, "evaluated": run.evaluated, "recipe": comparable(recipe)}
     write_atomically(recipe.output / "training.json", json.dumps(result | history))
     (recipe.output / STATE).unlink(missing_ok=True)
+    (recipe.output / BEST).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

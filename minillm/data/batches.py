@@ -48,6 +48,10 @@ class Batch(NamedTuple):
         """Tokens / places."""
         return self.keep.float().mean().item()
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The same there."""
+        return Batch(*(x.to(device) for x in self))
+
     def layout(self) -> dict[str, Tensor]:
         """What `Decoder` has to be told: the segments where several share a row. Not what is padding: it stands on the
         right, where no token looks, and nothing is taught of it."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from minillm.data.boundaries import encode, end_of_text
 from minillm.data.formats import FORMATS, parse, recognise
 from minillm.data.records import Record
+from minillm.data.seeded import permutation
 from minillm.data.tokenizer import Tokenizer
 from minillm.errors import InputError, nearest
 
@@ -90,6 +91,18 @@ def make_examples(
     if not examples:
         raise InputError(f"nothing to learn from: {tally}")
     return examples, tally
+
+
+def divided(examples: Sequence[Example], fraction: float, *, seed: int) -> tuple[list[Example], list[Example]]:
+    """Held-out examples, that fraction of all, and the others, drawn by the seed; one at least stays to train on.
+
+    Of two and more one at least is held out, unless the fraction is 0.
+    """
+    order = permutation(len(examples), seed, "held out")
+    count = min(round(fraction * len(examples)), len(examples) - 1)
+    if fraction and not count and len(examples) > 1:
+        count = 1
+    return [examples[i] for i in sorted(order[:count])], [examples[i] for i in sorted(order[count:])]
 
 
 def _fitted(example: Example, context: int, cut: bool, tally: Tally) -> Example:

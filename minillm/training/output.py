@@ -2,8 +2,10 @@
 
     config.json, adapter_config.json     a finished model or adapter lies here (written last)
     state.safetensors                    an unfinished run lies here
+    best.safetensors                     beside it, what was trained when the held-out loss was least
 
-A run never touches an earlier one unless it is told to continue it or to start anew.
+A run never touches an earlier one unless it is told to continue it or to start anew; and then not before its own data
+and model are there (`clear`), so that a slip of the pen costs nothing.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ from minillm.model import Decoder
 
 FINISHED = ("config.json", "adapter_config.json")
 STATE = "state.safetensors"
+BEST = "best.safetensors"
 
 #: Fields that may differ between a run and its continuation: they change where it goes, not what it computes.
 _FREE = ("output", "resume", "overwrite")
 
 
 def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make `folder` ready for a run. Raises InputError where it holds one that neither flag says what to do with."""
+    """Make `folder`, if need be. Raises InputError where it holds a run that neither flag says what to do with."""
     finished, state = [folder / name for name in FINISHED], folder / STATE
     is_finished = any(file.is_file() for file in finished)
     if resume and not state.is_file():
@@ -45,11 +48,17 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder)  # a killed run's half-written state would fill the disk until something is saved
-        if not resume:
-            for file in (*finished, state):
-                file.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); give another --output") from error
+
+
+def clear(folder: Path) -> None:
+    """Take away what makes `folder` an earlier run's: a new one begins."""
+    for name in (*FINISHED, STATE, BEST):
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder / name}: cannot be removed ({error.strerror}); give another --output") from error
 
 
 def comparable(recipe: Any, *, free: Collection[str] = ()) -> dict[str, Any]:

@@ -40,7 +40,15 @@ def save_state(
     time, and all wait until the state is there. Raises CheckpointError where the disk does not take it; the state
     before stays.
     """
-    tensors = _tensors(model, optimizer)
+    _write(path, _tensors(model, optimizer), progress)
+
+
+def save_parameters(path: str | os.PathLike[str], model: nn.Module, progress: dict[str, Any]) -> None:
+    """`save_state` of what is trained alone: to come back to, not to go on from."""
+    _write(path, {f"model.{name}": parameter for name, parameter in _trained(model).items()}, progress)
+
+
+def _write(path: str | os.PathLike[str], tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
     header, order = write_header(tensors, {"progress": json.dumps(progress)})
     with atomic_file(path) if ranks.is_first() else nullcontext() as file:
         if file is not None:
@@ -71,11 +79,8 @@ def load_state(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.
     changed then.
     """
     progress = read_progress(path)
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping, has only keys())
-    parameters = _trained(model)
-    _check_same(Path(path), tensors, parameters)
-    for name, parameter in parameters.items():
+    tensors = _read(path, model)
+    for name, parameter in _trained(model).items():
         parameter.copy_(placed(tensors[f"model.{name}"], parameter))
         prefix = f"optimizer.{name}."
         moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -85,6 +90,23 @@ def load_state(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.
     for name in [name for name in tensors if name.startswith("random.") and ranks.is_first()]:
         torch.cuda.set_rng_state(tensors[name], name.removeprefix("random."))
     return progress
+
+
+@torch.no_grad()
+def load_parameters(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]:
+    """Fill what is trained from `path`, as `load_state` does; returns `progress`."""
+    progress, tensors = read_progress(path), _read(path, model)
+    for name, parameter in _trained(model).items():
+        parameter.copy_(placed(tensors[f"model.{name}"], parameter))
+    return progress
+
+
+def _read(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the file, whose parameters are those of the model."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping, has only keys())
+    _check_same(Path(path), tensors, _trained(model))
+    return tensors
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -210,6 +210,46 @@ def test_learning_by_heart_ends_the_run(recipe: Sft, capsys: pytest.CaptureFixtu
     assert rises >= 2 and capsys.readouterr().err.count("learning by heart begins") == rises
 
 
+@pytest.mark.parametrize("stopped", [None, 3, 6])
+@pytest.mark.parametrize("fields", [{}, {"method": "full"}], ids=str)
+def test_what_was_best_is_kept(
+    fields: dict[str, Any], stopped: int | None, recipe: Sft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out loss is least after 4 of 8 steps: the result is what was trained by then, in a continued run too."""
+    recipe, seen = replace(recipe, evaluations=8, samples=0, **fields), {}
+
+    def evaluate(run: sft.Run) -> float:
+        seen[run.clock.step] = [x.detach().clone() for x in run.model.parameters() if x.requires_grad]
+        return float(abs(run.clock.step - 4))
+
+    monkeypatch.setattr(sft.Run, "evaluate", evaluate)
+    if stopped is not None:
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            stop_at(stopped, patch)
+            main(recipe)
+    made: list[sft.Run] = []
+    finish = sft.finish
+    monkeypatch.setattr(sft, "finish", lambda run, result: (made.append(run), finish(run, result)))
+    result = main(replace(recipe, resume=stopped is not None))
+    assert (result["kept_step"], result["steps"], result["held_out"]) == (4, 8, 0.0)
+    kept = [x for x in made[0].model.parameters() if x.requires_grad]
+    assert all(torch.equal(x, then) for x, then in zip(kept, seen[4], strict=True))
+    assert not all(torch.equal(x, then) for x, then in zip(kept, seen[8], strict=True))
+    assert not (recipe.output / "best.safetensors").exists()
+
+
+def test_a_slip_of_the_pen_leaves_an_earlier_run(recipe: Sft) -> None:
+    main(recipe)
+    before = {path.name: path.read_bytes() for path in recipe.output.iterdir()}
+    with pytest.raises(InputError):
+        main(replace(recipe, overwrite=True, data=(Path("nowhere.jsonl"),)))
+    with pytest.raises(InputError):
+        main(replace(recipe, overwrite=True, targets=("q_porj",)))
+    assert {path.name: path.read_bytes() for path in recipe.output.iterdir()} == before
+    main(replace(recipe, overwrite=True, rank=2))
+    assert (recipe.output / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
+
+
 @pytest.mark.oracle
 def test_the_losses_of_transformers_and_peft(recipe: Sft) -> None:
     """Ten steps of the same batches, in fp32, with torch's AdamW and a linear fall: the same losses to 1e-5."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from minillm.data.examples import Tally, make_examples
+from minillm.data.examples import Example, Tally, divided, make_examples
 from minillm.data.formats import Completion, alpaca_prompt
 from minillm.data.records import Record, number
 from minillm.data.tokenizer import Tokenizer
@@ -110,3 +110,14 @@ def test_a_tokenizer_that_cannot_serve_stops_at_once() -> None:
         make_examples(rows, tokenizer(), context=9)
     with pytest.raises(TokenizerError, match="no EOS"):
         make_examples(rows, tokenizer(eos=None), context=9)
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "held"), [(10, 0.2, 2), (10, 0.0, 0), (10, 0.01, 1), (1, 0.5, 0), (2, 0.99, 1), (3, 0.5, 2)]
+)
+def test_a_fraction_is_held_out(count: int, fraction: float, held: int) -> None:
+    examples = [Example(torch.tensor([i, i]), torch.tensor([False, True]), str(i)) for i in range(count)]
+    out, rest = divided(examples, fraction, seed=1)
+    assert len(out) == held and sorted((*out, *rest), key=lambda each: int(each.place)) == examples
+    assert divided(examples, fraction, seed=1) == (out, rest)
+    assert count < 10 or held == 0 or divided(examples, fraction, seed=2)[0] != out
