@@ -5,8 +5,8 @@ one operation of the model's code saves, and a tensor that two of them save coun
 
     RMSNorm       D x · D out, the linears' input                           + 1 of 4 bytes
     LayerNorm     D x · D out                                               + 2
-    attention     H E q · G E k · G E v, after rotation · H E out           + H of 4 bytes (log-sum-exp)
-                  a fused kernel: no (T, T) scores; but ALiBi's mask, H T T once for all blocks
+    attention     H E q · G E k · G E v, after rotation · H E out           + 2 H of 4 bytes (softmax: largest, sum)
+                  fused kernels: no (T, T) scores. ALiBi: torch's, H of 4 bytes; its mask, H T T, once for all blocks
     gated mlp     F gate · F up · F product                                 but for silu: F act(gate); relu: no gate
     plain mlp     F up · F act(up)                                          relu: no up
 
@@ -14,8 +14,16 @@ RMSNorm and SwiGLU keep so little as their backward passes are written by hand (
 has two norms, a parallel one or two that share x. So Llama: 4 D + 2 H E + 2 G E + 3 F, and Falcon-7B: 2 D + 2 H E +
 2 G E + 2 F.
 
-Where only adapters are trained, a frozen linear keeps no input. An adapter keeps its input in fp32 (the linear's own
-where that is fp32 already) and R numbers between A and B; what comes before the first one of all keeps nothing.
+Where only adapters are trained, a frozen linear keeps no input, and what comes before the first adapter of all keeps
+nothing. By hand as well (`minillm.lora.as_one`), in the model's format, not the adapters':
+
+    adapter       K its linear's input · R between A and B
+    down_proj's   F gate · F up · R                                         no F product: computed again, for silu
+
+After the blocks, where the head gives logits (`minillm.losses.chunked`), n = B (T - 1) predicting tokens:
+
+    norm          as above, but nobody keeps D out
+    loss          D gradient of out · 8 bytes of its place, for each of n   V D of 4 bytes: the head's gradient, trained
 """
 
 from __future__ import annotations
@@ -24,6 +32,10 @@ from dataclasses import dataclass, field
 
 from minillm.config import DecoderConfig
 from minillm.plan.use import Use
+
+#: Numbers a head and token that plain causal attention keeps of its softmax, with the native kernels; torch's keeps 1,
+#: where they do not serve.
+STATISTICS = 2
 
 
 @dataclass
@@ -42,8 +54,8 @@ class _Tape:
         if self.use.full:
             self.keep(source, width)
         elif name in self.targets:
-            self.keep(source if self.use.number == 4 else f"{name}.input", width, bytes_each=4)
-            self.keep(f"{name}.down", self.use.lora_rank or 0, bytes_each=4)
+            self.keep(source, width)
+            self.keep(f"{name}.down", self.use.lora_rank or 0)
         return live or self.use.full or name in self.targets
 
     def norm(self, name: str, source: str, live: bool) -> bool:
@@ -64,7 +76,8 @@ class _Tape:
             self.keep("k", all_groups)
             self.keep("v", all_groups)
             self.keep("attended", all_heads)
-            self.keep("log-sum-exp", config.num_heads, bytes_each=4)
+            each = STATISTICS if config.position == "rotary" else 1
+            self.keep("softmax", each * config.num_heads, bytes_each=4)
         return self.linear("o_proj", "attended", all_heads, any(flows))
 
     def mlp(self, source: str, live: bool) -> bool:
@@ -77,10 +90,14 @@ class _Tape:
         if config.mlp == "plain":
             return self.linear("down_proj", "activated", inner, live_first)
         live_up = self.linear("up_proj", source, width, live)
-        if live_up:
+        again = by_hand and "down_proj" in self.targets and (live_first or live_up)
+        if live_up or again:
             self.keep("gate" if by_hand else "activated", inner)
-        if live_first:
+        if live_first or again:
             self.keep("up", inner)
+        if again:
+            self.keep("down_proj.down", self.use.lora_rank or 0)
+            return True
         return self.linear("down_proj", "product", inner, live_first or live_up)
 
     def block(self, live: bool) -> bool:
@@ -99,8 +116,8 @@ class Kept:
     """Bytes that autograd keeps, and what its backward pass needs beside them.
 
     first, block: of the first block and of each other one. entry: the input of a block, all that checkpointing keeps of
-    it. again: what computing a block again adds to that. positions: rotation or mask. end: last norm, head, token ids.
-    working: see `_working_numbers`.
+    it. again: what computing a block again adds to that. positions: rotation or mask. end: last norm, token ids, and
+    what the loss keeps, but for the head's gradient. working: see `_working_numbers`.
     """
 
     first: int
@@ -119,17 +136,26 @@ def kept_by_autograd(config: DecoderConfig, use: Use, targets: tuple[str, ...]) 
     live = first.block(live=use.full)
     block.block(live)
     end.norm("norm", "x", live)
-    end.linear("lm_head", "hidden", config.hidden_size, live)
-    ids = 8 * (2 if use.full else 1)  # targets, and where the embedding is trained its tokens: int64
+    at_end = tokens * 8 * use.full  # where the embedding is trained its tokens: int64
+    if config.head == "lm":
+        at_end += predicting(config, use) * (use.number * config.hidden_size + 8)
+    else:
+        end.linear("lm_head", "hidden", config.hidden_size, live)
+        at_end += tokens * 8  # targets
     return Kept(
         first=tokens * sum(first.kept.values()),
         block=tokens * sum(block.kept.values()),
         entry=tokens * use.number * config.hidden_size,
         again=tokens * sum(size for name, size in block.kept.items() if name != "x"),
         positions=position_bytes(config, use),
-        end=tokens * (sum(end.kept.values()) + ids),
+        end=tokens * sum(end.kept.values()) + at_end,
         working=tokens * (use.number * _working_numbers(config) - block.kept.get(_let_go(config), 0)),
     )
+
+
+def predicting(config: DecoderConfig, use: Use) -> int:
+    """n, the tokens of a batch that predict another: all but the last of each row."""
+    return use.batch * (use.tokens(config) - 1)
 
 
 def _working_numbers(config: DecoderConfig) -> int:

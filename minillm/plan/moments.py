@@ -3,21 +3,32 @@
 Reading a prompt           weights, adapters, cache, and the widest operation of a block; or the logits after it
 A training step, from the second on (the optimizer's moments are then there):
 
-    the loss               all activations · logits, their softmax and two gradients       gradients: none yet
-    backward, last block   those of all blocks, and what its mlp's backward pass needs      gradients of the head
-    backward, first block  its own, and the same                                            of all blocks after it
-    backward ends          logits (the loop's own name still holds them)                    all
+    the loss               all activations · states under the head · a chunk of logits      gradients: the head's
+    backward, last block   those of all blocks, and what its mlp's backward pass needs      the head's
+    backward, first block  its own, and the same                                            and of all blocks after it
+    backward ends          -                                                                all
+
+The logits of a batch are never whole, and their gradients are made with them, a chunk of rows at a time
+(`minillm.losses.chunked`); see `_at_loss`. A scalar head's B T values and what its loss makes of them are whole.
 
 Gradients grow while activations go, so that the peak is at one of the ends. With `accumulate` all gradients are there
-at every moment. Where the head is tied to the embedding, the gradient comes in two parts and is summed in a third.
+at every moment. Where the head is tied to the embedding, the gradient comes in two parts: the head's waits from the
+loss on, and the embedding's is added to it when the backward pass ends.
+
+Not counted: what the fp32 kernel's copy of a product's left factor takes (M K of 4 bytes of the largest product, once a
+process), as little as the scratch of other libraries' products.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
+import torch
+
 from minillm.config import DecoderConfig
-from minillm.plan.activations import Kept, forward_bytes, kept_by_autograd
+from minillm.losses.chunked import rows_in_chunk
+from minillm.plan.activations import Kept, forward_bytes, kept_by_autograd, predicting
 from minillm.plan.use import Use
 from minillm.plan.weights import Shapes, adapter_sizes, optimizer_bytes, shapes_of, weight_bytes
 
@@ -102,36 +113,49 @@ def _reading(config: DecoderConfig, use: Use, shapes: Shapes) -> dict[str, Parts
 
 
 def _training(config: DecoderConfig, use: Use, shapes: Shapes) -> dict[str, Parts]:
-    sizes, number = (shapes.block, use.number) if use.full else (adapter_sizes(shapes, use), 4)
-    outside = (shapes.embedding, *shapes.ends) if use.full else ()
-    block, everything = number * sum(sizes), number * (shapes.layers * sum(sizes) + sum(outside))
+    sizes, number, outside = _trained(use, shapes)
     moments = shapes.layers * sum(optimizer_bytes(size, number, use) for size in sizes)
     moments += sum(optimizer_bytes(size, number, use) for size in outside)
-    there = replace(_resident(use, shapes), optimizer=moments)
-    earlier = everything if use.accumulate else 0
-
-    tied = config.tied_embeddings and config.head == "lm" and use.full
-    head = number * (sum(shapes.ends) + (shapes.embedding if tied else 0)) if use.full else 0
-    parts = (2 if tied else 0) + use.accumulate if use.full else 0  # of the embedding's gradient, beside the whole
-    logits, loss = _loss_bytes(config, use)
+    loss = _at_loss(config, use)
+    values = 0 if config.head == "lm" else use.batch * use.tokens(config) * use.number  # the loop's name holds them
+    there = replace(_resident(use, shapes), optimizer=moments, logits=values)
     kept = kept_by_autograd(config, use, use.targets(shapes.linears))
     at_loss, last, first = _activations(config, use, kept)
-    fresh = number * config.ffn_size * config.hidden_size if use.full else 0  # of the block's down_proj
+    earlier, of_last, of_first, all_of_them = _gradients(config, use, shapes)
     return {
-        "when the loss is taken": replace(there, gradients=earlier, activations=at_loss, logits=loss),
-        "in the backward pass, last block": replace(
-            there, gradients=max(earlier, head) + fresh, activations=last, logits=logits
-        ),
-        "in the backward pass, first block": replace(
+        "when the loss is taken": replace(
             there,
-            gradients=max(earlier, head + block * (shapes.layers - 1)) + fresh,
-            activations=first,
-            logits=logits,
+            gradients=earlier + loss.gradients,
+            activations=at_loss + loss.activations,
+            logits=loss.logits,
         ),
-        "when the backward pass ends": replace(
-            there, gradients=everything + parts * number * shapes.embedding, logits=logits
-        ),
+        "in the backward pass, last block": replace(there, gradients=of_last, activations=last),
+        "in the backward pass, first block": replace(there, gradients=of_first, activations=first),
+        "when the backward pass ends": replace(there, gradients=all_of_them),
     }
+
+
+def _trained(use: Use, shapes: Shapes) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+    """Sizes of the tensors of a block that are trained, bytes of a number, sizes of those outside the blocks."""
+    if use.full:
+        return shapes.block, use.number, (shapes.embedding, *shapes.ends)
+    return adapter_sizes(shapes, use), 4, ()
+
+
+def _gradients(config: DecoderConfig, use: Use, shapes: Shapes) -> tuple[int, int, int, int]:
+    """Before the loss, in the last block's backward pass, in the first's, at the end."""
+    sizes, number, outside = _trained(use, shapes)
+    block, everything = number * sum(sizes), number * (shapes.layers * sum(sizes) + sum(outside))
+    if not use.full:
+        earlier = everything if use.accumulate else 0
+        return earlier, earlier, max(earlier, block * (shapes.layers - 1)), everything
+    fresh, embedding = number * config.ffn_size * config.hidden_size, number * shapes.embedding  # fresh: of down_proj
+    waiting = embedding if config.tied_embeddings and config.head == "lm" else 0
+    if use.accumulate:  # each new part beside the sum that it is added to
+        during = everything + waiting + fresh
+        return everything, during, during, everything + waiting + embedding
+    head = number * sum(shapes.ends) + waiting
+    return 0, head + fresh, head + block * (shapes.layers - 1) + fresh, everything + waiting
 
 
 def _activations(config: DecoderConfig, use: Use, kept: Kept) -> tuple[int, int, int]:
@@ -145,10 +169,28 @@ def _activations(config: DecoderConfig, use: Use, kept: Kept) -> tuple[int, int,
     return at_loss + kept.end + kept.positions, last + beside, first + beside
 
 
-def _loss_bytes(config: DecoderConfig, use: Use) -> tuple[int, int]:
-    """(logits, all at the loss): B T V numbers in the model's format, and three times in fp32.
+def _at_loss(config: DecoderConfig, use: Use) -> Parts:
+    """What is there beside what autograd keeps, while `minillm.losses.chunked` takes the loss, m rows at a time:
 
-    Those are log softmax, its gradient, and that of the logits; `minillm.losses.next_token_loss` takes them in fp32.
+        activations   B T D states under the head · m D of the chunk
+        logits        m V: in fp32 their gradient takes their place, in 16 bits they are there in fp32 as well
+        gradients     V D of 4 bytes where the head is trained; in 16 bits also V D in these: what a chunk adds to it
+
+    A scalar head: B T values in the model's format, and three times in fp32.
     """
-    answers = use.batch * use.tokens(config) * (config.vocab_size if config.head == "lm" else 1)
-    return answers * use.number, answers * (use.number + 3 * 4)
+    tokens, number = use.batch * use.tokens(config), use.number
+    if config.head != "lm":
+        return Parts(logits=tokens * (number + 3 * 4))
+    rows, wide = rows_at_once(config, use), 0 if number == 4 else number
+    return Parts(
+        activations=(tokens + rows) * config.hidden_size * number,
+        logits=rows * config.vocab_size * (4 + wide),
+        gradients=config.vocab_size * config.hidden_size * (4 + wide) if use.full else 0,
+    )
+
+
+def rows_at_once(config: DecoderConfig, use: Use) -> int:
+    """m: all n rows that predict, in as few chunks of at most `rows_in_chunk` as there can be, of one length."""
+    count = predicting(config, use)
+    chunks = max(math.ceil(count / rows_in_chunk(config.vocab_size, getattr(torch, use.dtype))), 1)
+    return max(math.ceil(count / chunks), 1)

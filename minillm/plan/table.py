@@ -10,7 +10,7 @@ from rich.text import Text
 
 from minillm.config import DecoderConfig
 from minillm.errors import InputError
-from minillm.plan.moments import Parts, Plan, plan
+from minillm.plan.moments import Parts, Plan, plan, rows_at_once
 from minillm.plan.use import Use
 
 _FORMATS = {
@@ -73,10 +73,16 @@ def _notes(config: DecoderConfig, use: Use, found: Plan) -> dict[str, str]:
         "gradients": use.dtype if use.full else "of the adapters, float32",
         "optimizer": optimizers[use.optimizer],
         "activations": activations,
-        "logits": f"{config.vocab_size if config.head == 'lm' else 1:,} a token; the loss in float32"
-        if use.train
-        else "of the last token, also in float32",
+        "logits": _logits_note(config, use),
     }
+
+
+def _logits_note(config: DecoderConfig, use: Use) -> str:
+    if not use.train:
+        return "of the last token, also in float32"
+    if config.head != "lm":
+        return "1 a token; the loss in float32"
+    return f"{config.vocab_size:,} a token, {rows_at_once(config, use):,} tokens at a time; the loss in float32"
 
 
 def _verdict(config: DecoderConfig, use: Use, found: Plan, available: int) -> str:

@@ -9,18 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import minillm
 from minillm import cli
 from minillm.checkpoint import falcon
 from minillm.losses import next_token_loss
 from minillm.model import Decoder
-from minillm.plan import Plan, Use, parse_size, plan
+from minillm.ops import attention
+from minillm.plan import Plan, Use, activations, parse_size, plan
 from minillm.plan.activations import kept_by_autograd
 from minillm.plan.moments import Parts
 from minillm.plan.weights import optimizer_bytes, shapes_of
 from minillm.training.optim import adamw
+from minillm.training.token_loss import TokenLoss, whole_rows
 from tests import decoders
 
 #: The fields of the public config.json files that shape the model.
@@ -164,31 +166,8 @@ def test_adamw_keeps_two_moments_in_the_parameters_format(dtype: Any) -> None:
 # --- activations, against what autograd says it keeps ---
 
 
-class Adapted(nn.Module):
-    """base(x) + B A x, computed in fp32: what an adapter does, with nothing around it."""
-
-    def __init__(self, base: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.base = base
-        self.down, self.up = (
-            nn.Linear(*sizes, bias=False) for sizes in ((base.in_features, rank), (rank, base.out_features))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + (self.up(self.down(x.float())) * 2.0).to(x.dtype)
-
-
-def adapt(model: Decoder, targets: tuple[str, ...], rank: int) -> None:
-    model.requires_grad_(False)
-    for block in model.blocks:
-        for part in (block.attention, block.mlp):
-            for name in targets:
-                if hasattr(part, name):
-                    setattr(part, name, Adapted(getattr(part, name), rank))
-
-
 def kept(model: Decoder, rows: int, length: int) -> int:
-    """Bytes of all tensors that a forward saves for backward, parameters not counted; the loss's softmax neither."""
+    """Bytes of all tensors that a forward pass up to the loss saves for backward, parameters not counted."""
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, tuple[int, Tensor]] = {}
 
@@ -200,7 +179,7 @@ def kept(model: Decoder, rows: int, length: int) -> int:
 
     tokens = torch.randint(0, model.config.vocab_size, (rows, length))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(tokens)
+        TokenLoss(model)(whole_rows(tokens), tokens.numel())
     return sum(size for size, _ in found.values())
 
 
@@ -216,15 +195,21 @@ LORA: list[tuple[str, ...]] = [
     ("q_proj", "v_proj"),
     ("down_proj",),
     ("o_proj", "up_proj"),
+    ("up_proj", "down_proj"),
     ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+    ("all-linear",),
 ]
 
 
 @pytest.mark.parametrize("targets", LORA, ids=lambda targets: "+".join(targets) or "full")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", ACTIVATION_SHAPES.values(), ids=ACTIVATION_SHAPES)
-def test_what_autograd_keeps(shape: dict[str, Any], dtype: Any, targets: tuple[str, ...]) -> None:
+def test_what_autograd_keeps(
+    shape: dict[str, Any], dtype: Any, targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the byte, for every kind of block, all weights trained or adapters only."""
+    if not attention.is_chosen():
+        monkeypatch.setattr(activations, "STATISTICS", 1)  # torch's kernel serves
     rows, length, layers = 3, 21, 3
     config = decoders.config(**shape, num_layers=layers)
     model = Decoder(config).to(getattr(torch, dtype))
@@ -232,11 +217,10 @@ def test_what_autograd_keeps(shape: dict[str, Any], dtype: Any, targets: tuple[s
         dtype=dtype, context=length, batch=rows, train=True, lora_rank=4 if targets else None, lora_targets=targets
     )
     if targets:
-        adapt(model, targets, 4)
-    found = kept_by_autograd(config, use, targets)
-    expected = found.first + (layers - 1) * found.block + found.positions + found.end
-    loss_targets = 8 * rows * length
-    assert kept(model, rows, length) == expected - loss_targets
+        minillm.lora.add(model, targets="all-linear" if targets == ("all-linear",) else targets, rank=4)
+    found = kept_by_autograd(config, use, use.targets(shapes_of(config).linears))
+    head = 4 * config.vocab_size * config.hidden_size if use.full else 0  # its gradient, in at least fp32
+    assert kept(model, rows, length) == found.first + (layers - 1) * found.block + found.positions + found.end + head
 
 
 # --- the whole ---

@@ -50,7 +50,6 @@ FALCON = replace(
 MEASURE = """
 import gc, json, re, sys
 import torch, minillm
-from torch.utils.checkpoint import checkpoint
 from minillm.generation.generate import prefill
 from minillm.plan import Use
 from minillm.training.loop import accumulate
@@ -59,31 +58,6 @@ from minillm.training.optim import adamw
 def status(field):
     with open("/proc/self/status") as file:
         return 1024 * int(re.search(field + r":\\s+(\\d+) kB", file.read())[1])
-
-class Checkpointed(torch.nn.Module):
-    def __init__(self, block):
-        super().__init__()
-        self.block = block
-
-    def forward(self, *inputs):
-        return checkpoint(self.block, *inputs, use_reentrant=False)
-
-class Adapted(torch.nn.Module):
-    def __init__(self, base, rank):
-        super().__init__()
-        self.base, self.down = base, torch.nn.Linear(base.in_features, rank, bias=False)
-        self.up = torch.nn.Linear(rank, base.out_features, bias=False)
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x.float())).to(x.dtype)
-
-def adapt(model, use):
-    model.requires_grad_(False)
-    for block in model.blocks:
-        for part in (block.attention, block.mlp):
-            for name in use.lora_targets:
-                if hasattr(part, name):
-                    setattr(part, name, Adapted(getattr(part, name), use.lora_rank))
 
 def load(folder, use):
     return minillm.load_model(folder, dtype=use.dtype)
@@ -96,9 +70,8 @@ def read(folder, use):
 def train(folder, use):
     model = load(folder, use).train()
     if use.lora_rank:
-        adapt(model, use)
-    if use.checkpointing:
-        model.blocks = torch.nn.ModuleList(map(Checkpointed, model.blocks))
+        minillm.lora.add(model, targets=use.lora_targets, rank=use.lora_rank)
+    model.recompute = use.checkpointing
     optimizer = adamw(model, learning_rate=1e-3)
     for _ in range(2):
         rows = torch.randint(0, model.config.vocab_size, (use.batch * (1 + use.accumulate), use.context))
