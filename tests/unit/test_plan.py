@@ -238,7 +238,7 @@ def test_checkpointing_keeps_the_input_of_each_block() -> None:
     whole = plan(config, Use(train=True, dtype="float32")).whole.activations
     less = plan(config, Use(train=True, dtype="float32", checkpointing=True)).whole.activations
     tokens, width, inner = config.context, config.hidden_size, config.ffn_size
-    again = tokens * 4 * (3 * width + 2 * 32 + 2 * 32 + 3 * inner + 4 + 2)
+    again = tokens * 4 * (3 * width + 2 * 32 + 2 * 32 + 3 * inner + 2 * 4 + 2)
     entries, rotation, working = 8 * tokens * width * 4, 2 * tokens * 8 * 4, tokens * 4 * (width + 2 * inner)
     assert less == entries + rotation + again + working
     assert whole > 8 * again > less
@@ -247,23 +247,27 @@ def test_checkpointing_keeps_the_input_of_each_block() -> None:
 def test_accumulated_gradients_stand_beside_the_activations() -> None:
     use = Use(train=True, context=64, batch=16)
     alone, added = plan(decoders.config(), use), plan(decoders.config(), replace(use, accumulate=True))
-    assert (alone.peak.gradients, added.peak.gradients) == (0, 2 * added.parameters)
-    assert added.total == alone.total + added.peak.gradients
+    head = (4 + 2) * 131 * 32  # its gradient in fp32, and in bf16 what a chunk adds to it
+    assert (alone.peak.gradients, added.peak.gradients) == (head, head + 2 * added.parameters)
+    assert added.total == alone.total + 2 * added.parameters
 
 
-@pytest.mark.parametrize(("dtype", "each"), [("float32", 4 + 12), ("bfloat16", 2 + 12)])
-def test_the_loss_holds_logits_four_times(dtype: Any, each: int) -> None:
-    """As the model gave them, and in fp32 log softmax, its gradient and that of the logits."""
-    found = plan(decoders.config(), Use(dtype=dtype, train=True, context=64, batch=16))
+@pytest.mark.parametrize(("dtype", "each"), [("float32", 4), ("bfloat16", 2 + 4)])
+@pytest.mark.parametrize(("vocabulary", "rows"), [(9_000, 1008), (100_000, 252)])  # of 16 * 63: all, and a quarter
+def test_the_loss_holds_a_chunk_of_logits(vocabulary: int, rows: int, dtype: Any, each: int) -> None:
+    """In fp32 their gradient takes their place; in bf16 they are there in fp32 as well."""
+    found = plan(decoders.config(vocab_size=vocabulary), Use(dtype=dtype, train=True, context=64, batch=16))
     assert found.moment == "when the loss is taken"
-    assert found.peak.logits == each * 64 * 16 * 131
+    assert found.peak.logits == each * rows * vocabulary
 
 
-def test_a_tied_embeddings_gradient_is_there_three_times() -> None:
+@pytest.mark.parametrize(("accumulate", "more"), [(False, 1), (True, 2)])
+def test_a_tied_embeddings_gradient_is_there_more_than_once(accumulate: bool, more: int) -> None:
+    """That of the head waits for the lookup's; where an earlier batch left a sum, a third stands beside it."""
     config = decoders.config(tied_embeddings=True, vocab_size=9000)
-    found = plan(config, Use(dtype="float32", train=True, context=1))
+    found = plan(config, Use(dtype="float32", train=True, context=1, accumulate=accumulate))
     assert found.moment == "when the backward pass ends"
-    assert found.peak.gradients == 4 * (found.parameters + 2 * 9000 * 32)
+    assert found.peak.gradients == 4 * (found.parameters + more * 9000 * 32)
 
 
 def test_fits() -> None:
