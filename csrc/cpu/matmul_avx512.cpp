@@ -1,8 +1,8 @@
 // Matrix products for AVX-512, after Goto and van de Geijn (ACM TOMS 34:3, 2008): both factors are copied into panels
 // that a kernel reads from end to end.
 //
-//     a   panels of 14 rows:      [block of k][panel][k][14]      copied once, by all threads
-//     b   panels of 32 columns:   [panel][k][32]                  a task's own, block of k by block of k
+//     a   panels of 14 rows:      [block of k][panel][k][14]      copied by all threads, a part that fits the last
+//     cache b   panels of 32 columns:   [panel][k][32]                  a task's own, block of k by block of k
 //
 // The kernel holds 14 x 32 sums in 28 registers; a step of k takes two vectors of b and 14 numbers of a for 28
 // multiply-adds. A task is `task_columns` columns of c and all of its rows: its b stays in the second-level cache, a
@@ -24,6 +24,7 @@ constexpr int64_t lanes = 16;
 constexpr int64_t panel_rows = 14, panel_columns = 2 * lanes;
 constexpr int64_t depth = 256;  // of a block of k
 constexpr int64_t task_columns = 4 * panel_columns;
+constexpr int64_t blocks_together = 8, rows_together = 146 * panel_rows;  // what is copied of a: 16 MB at the most
 
 thread_local Scratch a_memory, b_memory;
 
@@ -92,7 +93,7 @@ MINILLM_AVX512 void multiply_panels(const float* a, const float* b, int64_t step
     }
 }
 
-// The columns from `begin` to `end` of c, one block of k.
+// The columns from `begin` to `end` of c, one block of k; a: its panels.
 void multiply_columns(const Matmul& x, const float* a, int64_t block, int64_t begin, int64_t end) {
     const int64_t k = block * depth, steps = std::min(depth, x.K - k), panels = pieces(x.M, panel_rows);
     float* b = b_memory.get<float>(task_columns * depth);
@@ -101,29 +102,44 @@ void multiply_columns(const Matmul& x, const float* a, int64_t block, int64_t be
     for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t m = panel * panel_rows;
         for (int64_t n = begin; n < end; n += panel_columns)
-            multiply_panels(a + (block * panels + panel) * panel_rows * depth, b + (n - begin) * depth, steps,
-                            x.c + m * x.c_row + n, x.c_row, std::min(panel_rows, x.M - m),
-                            std::min(panel_columns, end - n), x.add || block > 0);
+            multiply_panels(a + panel * panel_rows * depth, b + (n - begin) * depth, steps, x.c + m * x.c_row + n,
+                            x.c_row, std::min(panel_rows, x.M - m), std::min(panel_columns, end - n),
+                            x.add || block > 0);
+    }
+}
+
+// All rows of x, of which there are not too many.
+void multiply_rows(const Matmul& x, float* a, int threads) {
+    const int64_t panels = pieces(x.M, panel_rows), blocks = pieces(x.K, depth), tasks = pieces(x.N, task_columns);
+    const int64_t of_block = panels * panel_rows * depth;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (int64_t start = 0; start < blocks; start += blocks_together) {
+        const int64_t end = std::min(blocks, start + blocks_together);
+#pragma omp for schedule(static)
+        for (int64_t number = 0; number < (end - start) * panels; ++number) {
+            const int64_t k = (start + number / panels) * depth, m = number % panels * panel_rows;
+            copy_panel<panel_rows>(x.a.at(m, k), x.a.row, x.a.column, std::min(panel_rows, x.M - m),
+                                   std::min(depth, x.K - k), a + number * panel_rows * depth);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; ++task)
+            for (int64_t block = start; block < end; ++block)
+                multiply_columns(x, a + (block - start) * of_block, block, task * task_columns,
+                                 std::min(x.N, (task + 1) * task_columns));
     }
 }
 
 }  // namespace
 
 void matmul_avx512(const Matmul& x, int threads) {
-    const int64_t panels = pieces(x.M, panel_rows), blocks = pieces(x.K, depth), tasks = pieces(x.N, task_columns);
-    float* a = a_memory.get<float>(blocks * panels * panel_rows * depth);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(static)
-        for (int64_t number = 0; number < blocks * panels; ++number) {
-            const int64_t k = number / panels * depth, m = number % panels * panel_rows;
-            copy_panel<panel_rows>(x.a.at(m, k), x.a.row, x.a.column, std::min(panel_rows, x.M - m),
-                                   std::min(depth, x.K - k), a + number * panel_rows * depth);
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < tasks; ++task)
-            for (int64_t block = 0; block < blocks; ++block)
-                multiply_columns(x, a, block, task * task_columns, std::min(x.N, (task + 1) * task_columns));
+    const int64_t rows = std::min(pieces(x.M, panel_rows) * panel_rows, rows_together);
+    float* a = a_memory.get<float>(rows * depth * std::min(pieces(x.K, depth), blocks_together));
+    for (int64_t m = 0; m < x.M; m += rows_together) {
+        Matmul part = x;
+        part.a.x = x.a.at(m, 0);
+        part.c = x.c + m * x.c_row;
+        part.M = std::min(rows_together, x.M - m);
+        multiply_rows(part, a, threads);
     }
 }
 

@@ -168,7 +168,7 @@ def _input_gradient(bases: Sequence[Any], gradients: Sequence[Tensor]) -> Tensor
             part = base.input_gradient(g)
             total = part if total is None else total.add_(part)
         else:
-            total = product(g, base.weight, add_to=total)
+            total = product(g, base.weight, out=total, add=total is not None)
     assert total is not None
     return total
 

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from minillm.errors import InputError
 from minillm.losses.next_token import count_targets
+from minillm.ops.matmul import product
 
 #: Bytes of a chunk's logits in all formats that they take.
 _CHUNK_BYTES = 2**26
@@ -190,13 +191,13 @@ def _in_chunks(
     for first in range(0, count, rows):
         part = slice(first, min(first + rows, count))
         h = hidden.index_select(0, task.kept[part]).to(dtype)  # (m, D)
-        z = torch.mm(h, weight.T, out=logits[: len(h)])  # (m, V)
+        z = product(h, weight.T, out=logits[: len(h)])  # (m, V)
         exponentials = room[: len(h)] if z.dtype == wide else room[: len(h)].copy_(z)
         losses[part], sums = _surprise(exponentials, task.targets[part])
         if any(wanted):
             slope = _slope(exponentials, sums, task.targets[part], out=z)
         if for_hidden is not None:
-            torch.mm(slope, weight, out=for_hidden[part])
+            product(slope, weight, out=for_hidden[part])
         if for_weight is not None:
             _add_product(for_weight, slope, exponentials, h, 1 / task.total)
     return losses.sum() / task.total, for_hidden, for_weight
@@ -227,6 +228,6 @@ def _add_product(total: Tensor, slope: Tensor, wide_slope: Tensor, h: Tensor, fa
     if h.dtype == torch.float16:
         total.addmm_(wide_slope.T, h.to(total.dtype), alpha=factor)
     elif h.dtype == total.dtype:
-        total.addmm_(slope.T, h, alpha=factor)
+        product(slope.T, h * factor, out=total, add=True)
     else:
         total.add_(slope.T @ h, alpha=factor)

@@ -22,19 +22,19 @@ from minillm.ops import native
 _FAST, _LEAST = "avx512vnni", 64
 
 
-def product(a: Tensor, b: Tensor, *, add_to: Tensor | None = None, isa: str | None = None) -> Tensor:
-    """a (M, K) @ b (K, N) -> (M, N); added to `add_to` in place, where that is given. No gradient."""
+def product(a: Tensor, b: Tensor, *, out: Tensor | None = None, add: bool = False, isa: str | None = None) -> Tensor:
+    """a (M, K) @ b (K, N) -> (M, N); into `out`, where that is given, or added to it. No gradient."""
     if isa is None and not _pays(a, b):
-        return a @ b if add_to is None else add_to.addmm_(a, b)
+        return out.addmm_(a, b) if add and out is not None else torch.mm(a, b, out=out)
     (rows, depth), columns = a.shape, b.shape[1]
-    out = a.new_empty(rows, columns) if add_to is None else add_to
+    out = a.new_empty(rows, columns) if out is None else out
     if rows and columns:
         _module().matmul(
             _factor("a", a, (rows, depth)),
             _factor("b", b, (depth, columns)),
-            (native.address("add_to", out, torch.float32, (rows, columns)), columns),
+            (native.address("out", out, torch.float32, (rows, columns)), columns),
             (rows, columns, depth),
-            add_to is not None,
+            add,
             native.isa_number(isa),
             torch.get_num_threads(),
         )

@@ -51,8 +51,9 @@ def test_every_variant_is_the_product(isa: str, size: tuple[int, int, int]) -> N
             assert torch.equal(x, a) and torch.equal(y, b)
             assert_rule_of_two(matmul.product(x, y, isa=isa), plain, exact, isa)
             total = c.clone()
-            assert matmul.product(x, y, add_to=total, isa=isa) is total
+            assert matmul.product(x, y, out=total, add=True, isa=isa) is total
             assert_rule_of_two(total, c + plain, c.double() + exact, f"{isa}, added")
+            assert torch.equal(matmul.product(x, y, out=total, isa=isa), matmul.product(x, y, isa=isa))
 
 
 @compiled
@@ -109,10 +110,10 @@ def test_misuse_names_the_argument() -> None:
         matmul.product(a, b[:3], isa="ref")
     with pytest.raises(TypeError, match="a is torch"):
         matmul.product(a.double(), b, isa="ref")
-    with pytest.raises(ValueError, match="add_to has shape"):
-        matmul.product(a, b, add_to=drawn(3, 4), isa="ref")
-    with pytest.raises(ValueError, match="add_to is not contiguous"):
-        matmul.product(a, b, add_to=drawn(5, 3).T, isa="ref")
+    with pytest.raises(ValueError, match="out has shape"):
+        matmul.product(a, b, out=drawn(3, 4), isa="ref")
+    with pytest.raises(ValueError, match="out is not contiguous"):
+        matmul.product(a, b, out=drawn(5, 3).T, isa="ref")
     assert matmul.product(a[:0], b, isa="ref").shape == (0, 5)
 
 

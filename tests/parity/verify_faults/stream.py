@@ -150,11 +150,11 @@ def _mlp_of_the_stream(self: Any, x: Tensor, *rest: object) -> Tensor:
 # --- the two ends
 
 
-def _hidden(self: Any, tokens: Tensor, *, keep: Any = None, cache: Any = None, right: Any = Decoder.hidden) -> Tensor:
+def _hidden(self: Any, tokens: Tensor, *, right: Any = Decoder.hidden, **how: Any) -> Tensor:
     """Everything but the last norm."""
     taken: list[Tensor] = []
     hook = self.norm.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
-    right(self, tokens, keep=keep, cache=cache)
+    right(self, tokens, **how)
     hook.remove()
     return taken[0]
 
