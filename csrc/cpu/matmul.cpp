@@ -18,7 +18,7 @@ void matmul_ref(const Matmul& x, int threads) {
 
 void matmul(const Matmul& x, Isa isa, int threads) {
 #if defined(__x86_64__)
-    if (isa >= Isa::avx512vnni) return matmul_avx512(x, threads);
+    if (isa >= Isa::avx512vnni && x.K > 0) return matmul_avx512(x, threads);
 #endif
     (void)isa;
     matmul_ref(x, threads);

@@ -1,8 +1,8 @@
 // Matrix products for AVX-512, after Goto and van de Geijn (ACM TOMS 34:3, 2008): both factors are copied into panels
 // that a kernel reads from end to end.
 //
-//     a   panels of 14 rows:      [block of k][panel][k][14]      copied by all threads, a part that fits the last
-//     cache b   panels of 32 columns:   [panel][k][32]                  a task's own, block of k by block of k
+//     a   panels of 14 rows:      [block of k][panel][k][14]      copied by all threads, 16 MB at a time
+//     b   panels of 32 columns:   [panel][k][32]                  a task's own, block of k by block of k
 //
 // The kernel holds 14 x 32 sums in 28 registers; a step of k takes two vectors of b and 14 numbers of a for 28
 // multiply-adds. A task is `task_columns` columns of c and all of its rows: its b stays in the second-level cache, a
@@ -33,9 +33,12 @@ int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; 
 // Sixteen numbers of one row or column, `step` apart; beyond `count` zero, and not read.
 MINILLM_AVX512 inline __m512 gather(const float* x, int64_t step, int64_t count) {
     if (step == 1) return _mm512_maskz_loadu_ps(first(count), x);
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(step)));
-    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), first(count), index, x, 4);
+    const __mmask16 there = first(count);
+    const __m512i index = _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(step));
+    const __m256 zero = _mm256_setzero_ps();
+    const __m256 low = _mm512_mask_i64gather_ps(zero, static_cast<__mmask8>(there), index, x, 4);
+    const __m256 high = _mm512_mask_i64gather_ps(zero, static_cast<__mmask8>(there >> 8), index, x + 8 * step, 4);
+    return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
 }
 
 // out[t][i] = x[i * across + t * along] for `width` places i, of which `count` are there, and `steps` t. Where

@@ -10,12 +10,13 @@ again in the adapters' fp32). Adapters multiply in the format of x, as everythin
 base A, B and their gradients are rounded to 16 bits for the products, while they are kept, and updated, in fp32.
 
 What is out of the common (DoRA, PiSSA, OLoRA, a bias of B, dropout, adapters by row, trained bases, hooks, autocast,
-torch.compile) goes through the modules one by one: `serves` says so.
+torch.compile, torch.func, fp16 on the CPU) goes through the modules one by one: `serves` says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minillm.model.linear import is_watched
+from minillm.ops import native
 from minillm.ops.lean import swiglu_gradients
 from minillm.ops.matmul import product
 
@@ -37,7 +40,9 @@ class Factors(NamedTuple):
 
 def serves(layers: Sequence[Any], x: Tensor) -> bool:
     """Whether `linears` computes these `LoraLinear`s of x (..., K)."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
+    if native.is_transformed() or _is_autocast(x.device.type) or not x.is_floating_point():
+        return False
+    if x.dtype == torch.float16 and x.is_cpu:  # torch's fp16 products are slow there: the modules' in fp32 take 3/5
         return False
     choice = layers[0].choice
     if not choice.enabled or choice.rows is not None:
@@ -47,7 +52,7 @@ def serves(layers: Sequence[Any], x: Tensor) -> bool:
 
 def _is_common(layer: Any) -> bool:
     base = layer.base
-    if _is_watched(base) or not (isinstance(base, nn.Linear) or hasattr(base, "input_gradient")):
+    if is_watched(base) or not (isinstance(base, nn.Linear) or hasattr(base, "transposed")):
         return False
     if any(parameter.requires_grad for parameter in base.parameters()):
         return False
@@ -57,11 +62,11 @@ def _is_common(layer: Any) -> bool:
 def _is_plain(adapter: Any) -> bool:
     drops = adapter.training and adapter.dropout.p > 0
     special = (adapter.magnitude, adapter.bias, adapter.start_a)
-    return all(part is None for part in special) and not drops and not _is_watched(adapter)
+    return all(part is None for part in special) and not drops and not is_watched(adapter)
 
 
-def _is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def linears(layers: Sequence[Any], x: Tensor, up: Tensor | None = None) -> list[Tensor]:
@@ -114,36 +119,45 @@ class _Together(torch.autograd.Function):
         for y, part in zip(outputs, parts, strict=True):
             for (_, b, scale), inner in part:
                 y.view(-1, y.shape[-1]).addmm_(inner, b.T.to(y.dtype), alpha=scale)
-        ctx.plan = plan
-        ctx.save_for_backward(x, up, middle, *tensors)
-        return tuple(outputs)
+        # the weights of now: functional_call, for one, has others in their place when the gradients are taken
+        weights = [base.weight if isinstance(base, nn.Linear) else None for base in plan.bases]
+        ctx.plan, ctx.transposed = plan, [None if isinstance(b, nn.Linear) else b.transposed() for b in plan.bases]
+        ctx.save_for_backward(x, up, middle, *weights, *tensors)
+        return tuple(y.detach() for y in outputs)  # no view of an inner one: that may not be changed in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, middle, *tensors = ctx.saved_tensors
-        plan: _Plan = ctx.plan
-        flat = [g.reshape(-1, g.shape[-1]) for g in gradients]  # (M, N) each
-        of_factor = [g for g, count in zip(flat, plan.counts, strict=True) for _ in range(count)]
-        found: list[Tensor | None] = [None] * len(tensors)
-        outer = []  # u, (M, R) each
-        for n, (g, inner) in enumerate(zip(of_factor, _columns(middle, tensors[::2]), strict=True)):
-            b, scale = tensors[2 * n + 1], plan.scales[n]
-            outer.append(g @ (b * scale).to(g.dtype))
-            if ctx.needs_input_grad[3 + 2 * n + 1]:
-                found[2 * n + 1] = (inner.T @ g).T.to(b.dtype).mul_(scale)
-        together = torch.cat(outer, dim=1) if outer else middle
-        if any(ctx.needs_input_grad[3::2]):
-            found[::2] = _rows(together.T @ _rows_of(x, up), tensors[::2])
-        for_x = for_up = None
-        if any(ctx.needs_input_grad[:2]):
-            for_x = _input_gradient(plan.bases, flat)
-            if outer:
-                for_x.addmm_(together, _stacked(tensors[::2], together))
-            for_x = for_x.view(x.shape)
-            if up is not None:
-                for_x, for_up = swiglu_gradients(for_x, x, up, wants_up=ctx.needs_input_grad[1])
-        return for_x, for_up, None, *found
+        device = gradients[0].device.type
+        with torch.autocast(device, enabled=False) if _is_autocast(device) else nullcontext():  # as it was forward
+            return _backward(ctx, gradients)
+
+
+def _backward(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    x, up, middle, *saved = ctx.saved_tensors
+    plan: _Plan = ctx.plan
+    weights, tensors = saved[: len(plan.bases)], saved[len(plan.bases) :]
+    flat = [g.reshape(-1, g.shape[-1]) for g in gradients]  # (M, N) each
+    of_factor = [g for g, count in zip(flat, plan.counts, strict=True) for _ in range(count)]
+    found: list[Tensor | None] = [None] * len(tensors)
+    outer = []  # u, (M, R) each
+    for n, (g, inner) in enumerate(zip(of_factor, _columns(middle, tensors[::2]), strict=True)):
+        b, scale = tensors[2 * n + 1], plan.scales[n]
+        outer.append(g @ (b * scale).to(g.dtype))
+        if ctx.needs_input_grad[3 + 2 * n + 1]:
+            found[2 * n + 1] = (inner.T @ g).T.to(b.dtype).mul_(scale)
+    together = torch.cat(outer, dim=1) if outer else middle
+    if any(ctx.needs_input_grad[3::2]):
+        found[::2] = _rows(together.T @ _rows_of(x, up), tensors[::2])
+    for_x = for_up = None
+    if any(ctx.needs_input_grad[:2]):
+        for_x = _input_gradient(weights, ctx.transposed, flat)
+        if outer:
+            for_x.addmm_(together, _stacked(tensors[::2], together))
+        for_x = for_x.view(x.shape)
+        if up is not None:
+            for_x, for_up = swiglu_gradients(for_x, x, up, wants_up=ctx.needs_input_grad[1])
+    return for_x, for_up, None, *found
 
 
 def _rows_of(x: Tensor, up: Tensor | None) -> Tensor:
@@ -160,15 +174,15 @@ def _bases(bases: Sequence[Any], x: Tensor) -> list[Tensor]:
     return [base(x) for base in bases]
 
 
-def _input_gradient(bases: Sequence[Any], gradients: Sequence[Tensor]) -> Tensor:
-    """sum_i g_i W_i (M, K)."""
+def _input_gradient(weights: Sequence[Tensor | None], transposed: Sequence[Any], gradients: Sequence[Tensor]) -> Tensor:
+    """sum_i g_i W_i (M, K): W_i itself, or g -> g W_i of a quantised kind."""
     total: Tensor | None = None
-    for base, g in zip(bases, gradients, strict=True):
-        if not isinstance(base, nn.Linear):
-            part = base.input_gradient(g)
+    for weight, times, g in zip(weights, transposed, gradients, strict=True):
+        if weight is None:
+            part = times(g)
             total = part if total is None else total.add_(part)
         else:
-            total = product(g, base.weight, out=total, add=total is not None)
+            total = product(g, weight, out=total, add=total is not None)
     assert total is not None
     return total
 

@@ -27,6 +27,7 @@ from torch.func import functional_call
 
 from minillm.lora import as_one
 from minillm.lora.choice import Choice
+from minillm.model.linear import is_watched
 
 
 class Wide(nn.Module):
@@ -140,7 +141,7 @@ class LoraLinear(Adapted):
 
     def of_swiglu(self, gate: Tensor, up: Tensor) -> Tensor | None:
         """`self(silu(gate) * up)` without keeping the product; None where that cannot be."""
-        if gate.dtype != up.dtype or self._forward_hooks or self._forward_pre_hooks or not as_one.serves([self], gate):
+        if gate.dtype != up.dtype or is_watched(self) or not as_one.serves([self], gate):
             return None
         return as_one.linears([self], gate, up)[0]
 

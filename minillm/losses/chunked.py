@@ -217,10 +217,12 @@ def _slope(exponentials: Tensor, sums: Tensor, targets: Tensor, *, out: Tensor) 
     The one is taken off before the rounding: of p = 0.999 bf16 would leave 1 - 1 = 0.
     """
     exponentials.scatter_add_(1, targets[:, None], -sums)
+    exponentials /= sums  # in their place: what torch rounds on the way out it first makes whole in fp32
     if out.dtype != torch.float16:
-        return torch.div(exponentials, sums, out=out)
-    exponentials /= sums
-    return torch.mul(exponentials, _FP16_SCALE, out=out)
+        return out.copy_(exponentials)
+    out.copy_(exponentials.mul_(_FP16_SCALE))
+    exponentials /= _FP16_SCALE  # a power of two: exact
+    return out
 
 
 def _add_product(total: Tensor, slope: Tensor, wide_slope: Tensor, h: Tensor, factor: float) -> None:

@@ -57,10 +57,17 @@ def project(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     together = getattr(type(linears[0]), "together", None)
     if together is None or torch.compiler.is_compiling():
         return [linear(x) for linear in linears]
-    if any(type(each) is not type(linears[0]) or each._forward_hooks or each._forward_pre_hooks for each in linears):
+    if any(type(each) is not type(linears[0]) or is_watched(each) for each in linears):
         return [linear(x) for linear in linears]
     found: Sequence[Tensor] = together(linears, x)
     return found
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody wants to see this module run, forward or backward, or has it run otherwise."""
+    own = vars(module)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(own.get(name) for name in hooks) or "forward" in own
 
 
 def make_linear(config: DecoderConfig, inputs: int, outputs: int, *, bias: bool) -> nn.Linear:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minillm.model.attention import Attention
 from minillm.model.cache import LayerCache
+from minillm.model.linear import is_watched
 from minillm.model.mlp import GatedMLP
 from minillm.model.norms import RMSNorm
 from minillm.ops import attention, block
@@ -38,7 +39,7 @@ def one_call(
     if x.shape[1] != 1 or rotation is None or not block.few_rows(x) or not attention.is_chosen():
         return None
     modules = _parts(layer)
-    if any(map(_is_watched, modules)):
+    if any(map(is_watched, modules)):
         return None
     made, signature = _made.get(layer), _signature(modules)
     if made is None or made.signature != signature:
@@ -54,11 +55,6 @@ def _parts(layer: Any) -> list[nn.Module]:
     """The modules that would run. From the dictionaries, as module attributes take a microsecond each."""
     children = [part for part in layer._modules.values() if part is not None]
     return [*children, *(part for child in children for part in child._modules.values() if part is not None)]
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody wants to see this module run, or has it run otherwise."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _signature(modules: list[nn.Module]) -> list[object]:

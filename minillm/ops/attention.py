@@ -32,7 +32,7 @@ def serves(*tensors: Tensor) -> bool:
 
     Not within torch.compile: there torch's own attention is what the compiler knows. Nor within `native.aside`.
     """
-    if torch.compiler.is_compiling() or not is_chosen() or not native.serves(tensors[0]):
+    if native.is_transformed() or not is_chosen() or not native.serves(tensors[0]):
         return False
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return not wanted and tensors[0].shape[-1] <= LONGEST_HEAD

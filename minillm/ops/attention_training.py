@@ -23,10 +23,12 @@ from minillm.ops import attention, native
 
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attend` is right and fast for these: a gradient is wanted, all tokens are new."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not attention.is_chosen():
+    if native.is_transformed() or not torch.is_grad_enabled() or not attention.is_chosen():
         return False
     length, size = q.shape[2:]
-    if not native.serves(q) or k.shape[2] != length or length == 1 or size > attention.LONGEST_HEAD:
+    if k.shape[2] != length or length == 1 or size > attention.LONGEST_HEAD:
+        return False
+    if not all(native.serves(x) and x.stride(-1) == 1 for x in (q, k, v)):
         return False
     return q.dtype == k.dtype == v.dtype and (q.requires_grad or k.requires_grad or v.requires_grad)
 
@@ -60,6 +62,8 @@ def gradients(
     q, k = inputs[0], inputs[1]
     batch, heads, length, size = q.shape
     groups = k.shape[1]
+    if groups < 1 or heads % groups:
+        raise ValueError(f"q {tuple(q.shape)} does not fit k {tuple(k.shape)}; H must be a multiple of G")
     shapes = {"q": heads, "k": groups, "v": groups, "y": heads, "dy": heads}
     found = [
         attention.heads_of(name, x, q.dtype, (batch, count, length, size))

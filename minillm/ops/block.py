@@ -34,7 +34,7 @@ def streamed_rows(dtype: torch.dtype) -> int:
 
 def fast(x: Tensor) -> bool:
     """Whether these kernels may serve: x on the CPU in a format they know, no gradient wanted, nothing compiled."""
-    return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and native.serves(x)
+    return not (torch.is_grad_enabled() or native.is_transformed()) and native.serves(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, isa: str | None = None) -> Tensor:

@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minillm.ops import block
+from minillm.ops import block, native
 
 
 def wanted(*inputs: Tensor) -> bool:
-    """Whether there is a gradient to take here; torch.compile derives, and fuses, the definitions by itself."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    """Whether there is a gradient to take here; torch.compile and torch.func derive the definitions by themselves."""
+    if native.is_transformed() or not torch.is_grad_enabled():
         return False
     return any(x.requires_grad for x in inputs)
 

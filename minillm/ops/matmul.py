@@ -27,7 +27,8 @@ def product(a: Tensor, b: Tensor, *, out: Tensor | None = None, add: bool = Fals
     if isa is None and not _pays(a, b):
         return out.addmm_(a, b) if add and out is not None else torch.mm(a, b, out=out)
     (rows, depth), columns = a.shape, b.shape[1]
-    out = a.new_empty(rows, columns) if out is None else out
+    if out is None:
+        out, add = a.new_empty(rows, columns), False
     if rows and columns:
         _module().matmul(
             _factor("a", a, (rows, depth)),
@@ -43,38 +44,40 @@ def product(a: Tensor, b: Tensor, *, out: Tensor | None = None, add: bool = Fals
 
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` is right and fast for x (..., K) and weight (N, K)."""
-    if x.dtype != torch.float32 or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if x.dtype != torch.float32 or native.is_transformed() or torch.is_autocast_enabled("cpu"):
         return False
-    return x.numel() >= _LEAST * x.shape[-1] and _pays(x.detach().flatten(0, -2), weight.detach().T)
+    return x.numel() >= _LEAST * x.shape[-1] and min(weight.shape) >= _LEAST and _takes(x, weight)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b: x (..., K) · weight (N, K) · bias (N,), all fp32 -> (..., N); differentiable once."""
-    y: Tensor = _Linear.apply(x, weight)
+    # shapes change outside: what a Function itself returns as a view may not be changed in place
+    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
     return y if bias is None else y + bias
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T      dL/dx = g W      dL/dW = g^T x"""
+    """y = x W^T      dL/dx = g W      dL/dW = g^T x            x (M, K), W (N, K)"""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return product(x.reshape(-1, x.shape[-1]), weight.T).view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return product(x, weight.T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        for_x = product(rows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        return for_x, product(rows.T, x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        for_x = product(gradient, weight) if ctx.needs_input_grad[0] else None
+        return for_x, None if x is None else product(gradient.T, x)
 
 
 def _pays(a: Tensor, b: Tensor) -> bool:
-    if not a.dtype == b.dtype == torch.float32 or not native.serves(a) or not b.is_cpu or not _is_faster():
-        return False
-    return min(*a.shape, b.shape[1]) >= _LEAST
+    return min(*a.shape, b.shape[1]) >= _LEAST and _takes(a, b)
+
+
+def _takes(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype == torch.float32 and native.serves(a) and native.serves(b) and _is_faster()
 
 
 def _factor(name: str, x: Tensor, shape: tuple[int, int]) -> tuple[int, int, int]:

@@ -16,8 +16,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+#: Kinds whose numbers lie where `data_ptr` says: DTensor, FakeTensor and others have nothing there for a kernel.
+_PLAIN = (Tensor, nn.Parameter)
 #: The float formats of tensors, as csrc/cpu/numbers.h counts them.
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: The most products of magnitude 127 * 127 that an int32 can sum: (2^31 - 1) // 127^2.
@@ -54,8 +56,13 @@ def available() -> bool:
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the kernels take this tensor: on the CPU, in one of `FORMATS`."""
-    return x.device.type == "cpu" and x.dtype in FORMATS and available()
+    """Whether the kernels take this tensor: a plain one on the CPU, in one of `FORMATS`."""
+    return x.device.type == "cpu" and x.dtype in FORMATS and type(x) in _PLAIN and available()
+
+
+def is_transformed() -> bool:
+    """Whether torch.compile or torch.func (grad, vmap, jvp ...) is at work: they derive from the definitions alone."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 @cache

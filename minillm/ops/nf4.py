@@ -263,13 +263,13 @@ def _forward(x: Tensor, weight: Weight, isa: str | None) -> Tensor:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last size must be {width}")
     rows = x.reshape(-1, width)  # (M, K)
     direct = native.serves(x) and len(rows) <= _FEW
-    y = (_direct if direct else _tiled)(rows.contiguous(), weight, isa)
-    return y.view(*x.shape[:-1], outputs)
+    y = x.new_empty(*x.shape[:-1], outputs)  # no view is returned: what is one may not be changed in place
+    (_direct if direct else _tiled)(rows.contiguous(), weight, y.view(len(rows), outputs), isa)
+    return y
 
 
-def _direct(x: Tensor, weight: Weight, isa: str | None) -> Tensor:
+def _direct(x: Tensor, weight: Weight, y: Tensor, isa: str | None) -> None:
     outputs = weight.shape[0]
-    y = x.new_empty(len(x), outputs)
     _module().nf4_linear(
         x.data_ptr(),
         native.FORMATS[x.dtype],
@@ -280,7 +280,6 @@ def _direct(x: Tensor, weight: Weight, isa: str | None) -> Tensor:
         native.isa_number(isa),
         torch.get_num_threads(),
     )
-    return y
 
 
 def _tiles(weight: Weight, dtype: torch.dtype, across: str, isa: str | None = None) -> Iterator[tuple[range, Tensor]]:
@@ -300,9 +299,9 @@ def _format(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
 
 
-def _tiled(x: Tensor, weight: Weight, isa: str | None) -> Tensor:
+def _tiled(x: Tensor, weight: Weight, y: Tensor, isa: str | None) -> None:
     dtype = _format(x)
-    wide, y = x.to(dtype), x.new_empty(len(x), weight.shape[0])
+    wide = x.to(dtype)
     for rows, tile in _tiles(weight, dtype, "rows", isa):
         part = y[:, rows.start : rows.stop]
         if weight.bias is None and part.dtype == dtype:
@@ -310,7 +309,6 @@ def _tiled(x: Tensor, weight: Weight, isa: str | None) -> Tensor:
         else:
             bias = None if weight.bias is None else weight.bias[rows.start : rows.stop].to(dtype)
             part.copy_(torch.nn.functional.linear(wide, tile, bias))
-    return y
 
 
 # --- the registered operator: tensors and sizes of a Weight, laid flat

@@ -172,21 +172,26 @@ def _activations(config: DecoderConfig, use: Use, kept: Kept) -> tuple[int, int,
 def _at_loss(config: DecoderConfig, use: Use) -> Parts:
     """What is there beside what autograd keeps, while `minillm.losses.chunked` takes the loss, m rows at a time:
 
-        activations   B T D states under the head · m D of the chunk
-        logits        m V: in fp32 their gradient takes their place, in 16 bits they are there in fp32 as well
-        gradients     V D of 4 bytes where the head is trained; in 16 bits also V D in these: what a chunk adds to it
+                      in fp32      in 16 bits
+        activations   B T D + m D  the same                  states under the head, those of the chunk
+        logits        m V          m V, and m V of 4 bytes   their gradient takes their place
+        gradients     V D          V D of 4 bytes            where the head is trained
+
+    and in 16 bits, where a chunk's gradient is added to the head's: V D, and V D of 4 bytes, as torch widens what it
+    adds to fp32. (fp16 adds in fp32, and takes V D of 2 bytes when that is rounded, after the loss.)
 
     A scalar head: B T values in the model's format, and three times in fp32.
     """
     tokens, number = use.batch * use.tokens(config), use.number
     if config.head != "lm":
         return Parts(logits=tokens * (number + 3 * 4))
-    rows, wide = rows_at_once(config, use), 0 if number == 4 else number
-    return Parts(
-        activations=(tokens + rows) * config.hidden_size * number,
-        logits=rows * config.vocab_size * (4 + wide),
-        gradients=config.vocab_size * config.hidden_size * (4 + wide) if use.full else 0,
-    )
+    rows = rows_at_once(config, use)
+    logits, head = rows * config.vocab_size, config.vocab_size * config.hidden_size if use.full else 0
+    activations = (tokens + rows) * config.hidden_size * number
+    if number == 4:
+        return Parts(activations=activations, logits=4 * logits, gradients=4 * head)
+    added = (2 + 4 if use.dtype == "bfloat16" else 2) * head
+    return Parts(activations=activations, logits=(number + 4) * logits, gradients=4 * head + added)
 
 
 def rows_at_once(config: DecoderConfig, use: Use) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,10 +85,9 @@ class LinearInt8(nn.Module):
             return [linear(x) for linear in linears]
         return int8.linears(x, [linear._weight(x) for linear in linears], threshold or math.inf)
 
-    def input_gradient(self, gradient: Tensor) -> Tensor:
-        """g (..., N) -> g W (..., K)."""
-        found: Tensor = int8.input_gradient(gradient, self.weight, self.scale)
-        return found
+    def transposed(self) -> Callable[[Tensor], Tensor]:
+        """g (..., N) -> g W (..., K), by the W of now."""
+        return partial(int8.input_gradient, w=self.weight, scale=self.scale)
 
     def native(self) -> Int8:
         """As `minillm.model.step` takes it."""

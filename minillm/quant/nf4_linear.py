@@ -13,6 +13,7 @@ without a forward or a move to a device; no forward changes the state; and there
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -109,10 +110,10 @@ class LinearNF4(nn.Module):
         bias = self.bias
         return nf4.linear(x, self.quantised(bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)))
 
-    def input_gradient(self, gradient: Tensor) -> Tensor:
-        """g (..., N) -> g W (..., K)."""
-        found: Tensor = nf4.input_gradient(gradient, *nf4.flat(self.quantised()))
-        return found
+    def transposed(self) -> Callable[[Tensor], Tensor]:
+        """g (..., N) -> g W (..., K), by the W of now."""
+        state, layout = nf4.flat(self.quantised())
+        return partial(nf4.input_gradient, state=state, layout=layout)
 
     def native(self) -> nf4.Weight:
         """As `minillm.model.step` takes it."""

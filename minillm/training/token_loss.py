@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minillm.data.batches import Batch
 from minillm.losses import chunked_next_token_loss, next_token_loss
 from minillm.model import Decoder
+from minillm.model.linear import is_watched
 
 
 class TokenLoss(nn.Module):
@@ -36,12 +37,12 @@ class TokenLoss(nn.Module):
     def _head(self) -> Tensor | None:
         """W (V, D) where logits are hidden W^T and nothing else, seen by nobody; else None."""
         model: Any = self.model
-        if not isinstance(model, Decoder) or model._forward_hooks or model._forward_pre_hooks:
+        if not isinstance(model, Decoder) or is_watched(model):
             return None
         head = model.lm_head
         if head is None:
             return model.embed.weight
-        if not isinstance(head, nn.Linear) or head.bias is not None or head._forward_hooks or head._forward_pre_hooks:
+        if not isinstance(head, nn.Linear) or head.bias is not None or is_watched(head):
             return None
         return head.weight
 

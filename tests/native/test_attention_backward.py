@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minillm.model.attention import attend, attention_ref
 from minillm.ops import attention, attention_training, native
@@ -154,6 +155,9 @@ def test_misuse_names_the_argument() -> None:
         attention_training.gradients(inputs, sums, case.dy.bfloat16())
     with pytest.raises(ValueError, match="statistics has shape"):
         attention_training.gradients(inputs, sums[:, :1], case.dy)
+    three = torch.zeros(1, 3, 3, 4)
+    with pytest.raises(ValueError, match="multiple of G"):
+        attention_training.gradients((three, case.k, case.v, three), torch.zeros(1, 3, 3, 2), three)
     with pytest.raises(ValueError, match="statistics has shape"):
         attention.attend(case.q, case.k, case.v, statistics=sums[:, :1])
     empty = torch.zeros(0, 2, 3, 4)
@@ -168,10 +172,27 @@ def test_when_it_serves() -> None:
     assert attention_training.serves(q, k, v)
     assert not attention_training.serves(q[:, :, 1:], k, v)  # behind cached ones
     assert not attention_training.serves(q.double(), k.double(), v.double())
+    scattered = v.detach().mT.contiguous().mT  # as a hook may leave it; torch's kernel takes it
+    assert not attention_training.serves(q, k.requires_grad_(), scattered)
+    assert attend(q, k, scattered, None).shape == q.shape
     with torch.no_grad():
         assert not attention_training.serves(q, k, v)
     with native.aside():
         assert not attention_training.serves(q, k, v)
+
+
+def test_tensors_without_numbers_and_transforms_are_torchs() -> None:
+    """A kernel would read from address 0; torch.func knows the derivatives of torch's own functions alone."""
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 3, 4, requires_grad=True)
+        assert torch.autograd.grad(attend(q, q, q, None).sum(), q)[0].shape == q.shape
+    model, tokens = decoder(), torch.tensor([[1, 2, 3]])
+    parameters = {name: x.detach() for name, x in model.named_parameters()}
+    found = torch.func.grad(lambda own: torch.func.functional_call(model, own, (tokens,)).sum())(parameters)
+    model(tokens).sum().backward()
+    for name, x in model.named_parameters():
+        assert x.grad is not None
+        assert_near(found[name], x.grad, 1e-5, name)
 
 
 @fast

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from minillm.model.linear import times
 from minillm.ops import matmul, native
 from tests.error import assert_rule_of_two
 
@@ -57,6 +60,38 @@ def test_every_variant_is_the_product(isa: str, size: tuple[int, int, int]) -> N
 
 
 @compiled
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_sum_of_nothing_is_zero(isa: str) -> None:
+    a, b, c = torch.empty(3, 0), torch.empty(0, 5), drawn(3, 5)
+    assert torch.equal(matmul.product(a, b, out=torch.full((3, 5), torch.nan), isa=isa), torch.zeros(3, 5))
+    assert torch.equal(matmul.product(a, b, out=c.clone(), add=True, isa=isa), c)
+    assert torch.equal(matmul.product(c[:, :1], b[:1, :0].new_ones(1, 2), add=True, isa=isa), c[:, :1].expand(3, 2))
+
+
+@compiled
+@pytest.mark.parametrize("isa", ISAS)
+def test_places_beyond_int32(isa: str) -> None:
+    """Sixteen rows 170 million numbers apart, in memory of which almost nothing is ever touched."""
+    apart, no_reserve = 170_000_000, 0x4000  # Linux's MAP_NORESERVE
+    try:
+        memory = mmap.mmap(-1, (15 * apart + 8) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    except (OSError, AttributeError) as error:
+        pytest.skip(f"no 10 GB of addresses here: {error}")
+    a, b = torch.frombuffer(memory, dtype=torch.float32).as_strided((16, 3), (apart, 2)), drawn(3, 40)
+    a.copy_(drawn(16, 3))
+    assert_rule_of_two(matmul.product(a, b, isa=isa), a @ b, a.double() @ b.double(), isa)
+
+
+@compiled
+@pytest.mark.parametrize("isa", ISAS)
+def test_factors_that_are_one_number(isa: str) -> None:
+    """As the gradient of a plain sum is."""
+    a, one = drawn(40, 30), torch.ones(()).expand(20, 40)
+    torch.testing.assert_close(matmul.product(one, a, isa=isa), a.sum(0).expand(20, 30))
+    torch.testing.assert_close(matmul.product(a.T, one.T, isa=isa), a.sum(0)[:, None].expand(30, 20))
+
+
+@compiled
 def test_threads_change_nothing() -> None:
     a, b = drawn(100, 300), drawn(300, 500, seed=1)
     before, found = torch.get_num_threads(), []
@@ -101,6 +136,33 @@ def test_when_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "_is_faster", lambda: False)
     assert not matmul.serves(x, w)
     assert torch.equal(matmul.product(x[0], w.T), x[0] @ w.T)
+
+
+def test_a_result_may_be_changed_in_place() -> None:
+    """As that of torch's own linear may."""
+    x, w = drawn(2, 70, 96).requires_grad_(), drawn(130, 96)
+    y = matmul.linear(x, w)
+    y /= 2
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], w.sum(0).expand(x.shape) / 2)
+
+
+@compiled
+def test_tensors_without_numbers_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel would read from address 0."""
+    monkeypatch.setattr(matmul, "_is_faster", lambda: True)
+    with FakeTensorMode():
+        x, w = torch.empty(100, 96, requires_grad=True), torch.empty(130, 96)
+        y = times(x, w)
+        assert y.shape == (100, 130) and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+def test_transforms_of_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_is_faster", native.available)
+    x, w = drawn(70, 96), drawn(130, 96)
+    found = torch.func.grad(lambda x: times(x, w).sum())(x)
+    torch.testing.assert_close(found, w.sum(0).expand(70, 96))
+    with torch.no_grad():
+        assert torch.vmap(lambda row: times(row, w))(x[:2]).shape == (2, 130)
 
 
 @compiled

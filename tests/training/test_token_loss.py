@@ -76,6 +76,11 @@ def watched_head(model: Decoder) -> None:
     model.lm_head.register_forward_hook(lambda *_: None)
 
 
+def watched_on_the_way_back(model: Decoder) -> None:
+    assert isinstance(model.lm_head, nn.Module)
+    model.lm_head.register_full_backward_hook(lambda *_: None)
+
+
 def watched_model(model: Decoder) -> None:
     model.register_forward_hook(lambda *_: None)
 
@@ -88,7 +93,9 @@ def retrained_head(model: Decoder) -> None:
     lora.add(model, targets=["q_proj"], rank=2, retrain=("lm_head",))
 
 
-@pytest.mark.parametrize("change", [adapted_head, watched_head, watched_model, quantised_head, retrained_head])
+@pytest.mark.parametrize(
+    "change", [adapted_head, watched_head, watched_on_the_way_back, watched_model, quantised_head, retrained_head]
+)
 def test_a_head_that_is_no_plain_matrix_gives_whole_logits(
     change: Callable[[Decoder], None], chunked: list[int]
 ) -> None:

@@ -156,6 +156,9 @@ def unusual() -> dict[str, Callable[[Decoder], Any]]:
         "dropout": lambda model: lora.add(model, name="x", targets=["q_proj"], dropout=0.5),
         "a hook": lambda model: model.get_submodule(first).base.register_forward_hook(lambda *_: None),
         "a trained base": lambda model: model.get_submodule(first).base.requires_grad_(),
+        "a hook on the way back": lambda model: model.get_submodule(first).base.register_full_backward_hook(
+            lambda *_: None
+        ),
         "a hook on the adapter": lambda model: (
             model.get_submodule(first).adapters["default"].register_forward_hook(lambda *_: None)
         ),
@@ -187,5 +190,68 @@ def test_rows_of_several_adapters_go_one_by_one() -> None:
 def test_hooks_on_a_wrapped_layer_see_its_call() -> None:
     model, seen = adapted(), []
     model.blocks[0].attention.k_proj.register_forward_hook(lambda *_: seen.append(1))
-    model(TOKENS)
-    assert seen == [1]
+    model.blocks[1].attention.q_proj.register_full_backward_hook(lambda *_: seen.append(2))
+    model.blocks[1].mlp.down_proj.register_full_backward_hook(lambda *_: seen.append(3))
+    model(TOKENS).sum().backward()
+    assert seen == [1, 3, 2]
+
+
+def one_layer(kind: str) -> tuple[LoraLinear, Tensor]:
+    """A linear (96, 96) with an adapter, and an x of as many rows as the native kernels want."""
+    layer = adapted(kind, hidden_size=96, head_size=24, num_kv_heads=4).blocks[0].attention.q_proj
+    assert isinstance(layer, LoraLinear)
+    x = torch.randn(2, 40, 96, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert as_one.serves([layer], x)
+    return layer, x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_may_be_changed_in_place(kind: str) -> None:
+    layer, x = one_layer(kind)
+    right = torch.autograd.grad(layer(x).sum(), x)[0]
+    y = layer(x)
+    y *= 2
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], 2 * right)
+    one, two = as_one.linears([layer, layer], x)
+    one += two
+    assert_near(torch.autograd.grad(one.sum(), x)[0], 2 * right, 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backward_pass_within_autocast_has_the_forwards_formats(kind: str) -> None:
+    layer, x = one_layer(kind)
+    leaves = [x, *layer.adapters.parameters()]
+    right = torch.autograd.grad(layer(x).square().sum(), leaves)
+    loss = layer(x).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_by_the_weights_of_the_forward_pass(kind: str) -> None:
+    """`functional_call` puts a module's own back before the gradients are taken."""
+    layer, x = one_layer(kind)
+    right = torch.autograd.grad(layer(x).sum(), x)[0]
+    name = "base.weight" if kind == "float" else "base.scale" if kind == "int8" else "base.nested_absmax"
+    own, other = layer.get_parameter(name), torch.zeros_like(layer.get_parameter(name))
+    y = torch.func.functional_call(layer, {name: other}, (x,))
+    found = torch.autograd.grad(y.sum(), x)[0]
+    layer.get_submodule("base").register_parameter(name.removeprefix("base."), torch.nn.Parameter(other, False))
+    assert torch.equal(found, torch.autograd.grad(layer(x).sum(), x)[0]) and not torch.equal(found, right)
+    assert own.any()
+
+
+def test_weights_changed_before_the_backward_pass_are_seen() -> None:
+    layer, x = one_layer("float")
+    y = layer(x)
+    with torch.no_grad():
+        layer.base.weight.mul_(2)  # type: ignore[operator, union-attr]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_on_the_meta_device_and_in_float16() -> None:
+    layer, x = one_layer("float")
+    assert not as_one.serves([layer], x.half()), "adapters in fp32 are faster"
+    assert layer.to("meta")(x.to("meta")).shape == x.shape

@@ -233,6 +233,17 @@ def test_parts_of_the_peak_add_up() -> None:
         assert all(getattr(found.peak, part.name) <= getattr(found.whole, part.name) for part in fields(Parts))
 
 
+def test_a_frozen_linear_keeps_no_input() -> None:
+    """Nor where the native product serves, from 64 rows and numbers on."""
+    config = decoders.config(hidden_size=64, ffn_size=128)
+    model = Decoder(config)
+    minillm.lora.add(model, targets=["q_proj"], rank=4)
+    use = Use(dtype="float32", context=64, batch=2, train=True, lora_rank=4, lora_targets=("q_proj",))
+    found = kept_by_autograd(config, use, use.lora_targets)
+    fewer = 0 if attention.is_chosen() else 2 * 4 * 4 * 2 * 64  # torch's kernel keeps half of the statistics
+    assert kept(model, 2, 64) == found.first + found.block + found.positions + found.end - fewer
+
+
 def test_checkpointing_keeps_the_input_of_each_block() -> None:
     config = decoders.config(num_layers=8, num_kv_heads=4, vocab_size=5)
     whole = plan(config, Use(train=True, dtype="float32")).whole.activations
@@ -247,7 +258,7 @@ def test_checkpointing_keeps_the_input_of_each_block() -> None:
 def test_accumulated_gradients_stand_beside_the_activations() -> None:
     use = Use(train=True, context=64, batch=16)
     alone, added = plan(decoders.config(), use), plan(decoders.config(), replace(use, accumulate=True))
-    head = (4 + 2) * 131 * 32  # its gradient in fp32, and in bf16 what a chunk adds to it
+    head = (4 + 2 + 4) * 131 * 32  # its gradient in fp32, and what a chunk adds to it in bf16 and widened
     assert (alone.peak.gradients, added.peak.gradients) == (head, head + 2 * added.parameters)
     assert added.total == alone.total + 2 * added.parameters
 
@@ -259,6 +270,22 @@ def test_the_loss_holds_a_chunk_of_logits(vocabulary: int, rows: int, dtype: Any
     found = plan(decoders.config(vocab_size=vocabulary), Use(dtype=dtype, train=True, context=64, batch=16))
     assert found.moment == "when the loss is taken"
     assert found.peak.logits == each * rows * vocabulary
+    assert found.peak.gradients == (4 if dtype == "float32" else 4 + 2 + 4) * vocabulary * 32  # of the head
+
+
+def test_in_bf16_a_chunk_of_the_heads_gradient_is_widened_before_it_is_added() -> None:
+    """V D of 2 and 4 bytes beside the sum."""
+    config = decoders.config(vocab_size=9000)
+    less, more = (plan(config, Use(train=True, context=9, accumulate=True, lora_rank=rank)) for rank in (2, None))
+    assert less.whole.logits == (2 + 4) * 8 * 9000
+    assert more.moment == "when the loss is taken"
+    assert more.peak.logits == (2 + 4) * 8 * 9000
+    assert more.peak.gradients == 2 * more.parameters + (4 + 2 + 4) * 9000 * 32
+
+
+def test_a_scalar_heads_values_are_whole() -> None:
+    found = plan(decoders.config(head="scalar"), Use(dtype="float32", train=True, context=64, batch=2))
+    assert found.whole.logits == (4 + 12) * 64 * 2
 
 
 @pytest.mark.parametrize(("accumulate", "more"), [(False, 1), (True, 2)])

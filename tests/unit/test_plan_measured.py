@@ -137,7 +137,7 @@ def test_load_and_read_a_prompt(config: DecoderConfig, dtype: str, tmp_path: Pat
 
 @pytest.mark.parametrize("options", [{}, {"checkpointing": True}], ids=str)
 def test_training_step(options: dict[str, Any], tmp_path: Path) -> None:
-    """Its worst moment is the loss; with checkpointing, the end of the backward pass."""
+    """Its worst moment is the end of the backward pass, with checkpointing or without."""
     check("train", LLAMA, tmp_path, dtype="float32", context=256, batch=2, train=True, **options)
 
 
@@ -152,6 +152,7 @@ def test_training_step(options: dict[str, Any], tmp_path: Path) -> None:
         (replace(LLAMA, vocab_size=32_000, hidden_size=1024, num_heads=16, ffn_size=2816, num_layers=16), {}),
         (LLAMA, {"lora_rank": 8}),
         (FALCON, {"lora_rank": 8, "checkpointing": True, "accumulate": True}),
+        (LLAMA, {"dtype": "bfloat16"}),
         (LLAMA, {"dtype": "bfloat16", "lora_rank": 8, "lora_targets": ("q_proj", "down_proj")}),
     ],
     ids=str,
