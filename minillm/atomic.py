@@ -94,15 +94,15 @@ def _created(path: Path) -> Iterator[BinaryIO]:
     while True:
         with open(path, "xb") as file:
             with contextlib.suppress(OSError):  # a file system without locks
-                _lock(file)
+                _lock(file, wait=True)  # for a `remove_abandoned` that has it, and is about to unlink it
             if path.exists():  # else another writer's `remove_abandoned` came between the two
                 yield file
                 return
 
 
-def _lock(file: IO[bytes]) -> None:
+def _lock(file: IO[bytes], *, wait: bool = False) -> None:
     if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def _flush_folder(folder: Path) -> None:

@@ -41,7 +41,7 @@ if ! finished $bodies/held_out.jsonl $base/config.json; then
     echo "looking for functions to learn from, and for others to ask for"
     status=0
     $python scripts/mine_bodies.py --model $base --output $bodies || status=$?
-    if [ $status -eq 2 ]; then  # --text without Python in it
+    if [ $status -eq 2 ] && [[ " $* " == *" --text"[\ =]* ]]; then  # perhaps without Python in it; its reason is above
         echo "without functions there is nothing to fine-tune for; the model is in $base"
         exit 0
     fi

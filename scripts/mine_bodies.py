@@ -54,8 +54,9 @@ def main(recipe: Mine) -> dict[str, Any]:
     tokenizer = Tokenizer.load(recipe.model)
     longest = min(recipe.longest, read_config(recipe.model).longest)
     training, held = divided(recipe)
-    known = distinct(found("functions to learn from", training))
-    asked = distinct(found("functions to ask for", held), apart_from=known)
+    read = list(found("functions to learn from", training))
+    known = distinct(read)
+    asked = distinct(found("functions to ask for", held), apart_from=read)  # not `known`, which has lost some prompts
     result: dict[str, Any] = {"files": len(training), "held_out_files": len(held)}
     recipe.output.mkdir(parents=True, exist_ok=True)
     for name, bodies in (("train", known), ("held_out", asked)):
@@ -75,11 +76,13 @@ def divided(recipe: Mine) -> tuple[list[Document], list[Document]]:
     """
     record = recipe.model / "training.json"
     past = read_json(record).get("recipe", {}) if record.is_file() else {}
-    text = recipe.text or (Path(past["text"]) if past.get("text") else None)
+    own = Path(past["text"]) if past.get("text") else None
+    text = recipe.text or own
     fraction = past.get("held_out") if recipe.held_out is None else recipe.held_out
     if fraction is None:
         raise InputError(f"{record}: says nothing of what the model has not read; give the fraction as --held-out")
-    if recipe.text is None and fraction > past.get("held_out", 1):
+    is_own = recipe.text is None or recipe.text.resolve() == (own or standard_library()).resolve()
+    if is_own and fraction > past.get("held_out", 1):
         raise InputError(f"held_out is {fraction}; the model was trained on all but {past['held_out']}: leave it out")
     leave_out = past.get("leave_out", ()) if text else STDLIB_LEAVE_OUT
     return split(read_folder(text or standard_library(), suffixes=(".py",), leave_out=leave_out), fraction)

@@ -57,7 +57,7 @@ def judge(prompt: str, answer: str) -> Verdict:
     if asked is None or ast.get_docstring(asked) is None or len(asked.body) != 1:
         raise InputError(f"the prompt is no `def` line with a docstring and nothing more: {prompt[:80]!r}")
     written = _only_function(prompt + answer) if len(answer) <= _LONGEST else None
-    if written is None or len(written.body) < 2 or ast.dump(written.body[0]) != ast.dump(asked.body[0]):
+    if written is None or len(written.body) < 2 or ast.get_docstring(written) != ast.get_docstring(asked):
         return Verdict(False)  # also where the answer goes on with the docstring: `"""Doc.""" % name`
     return Verdict(True, all(map(_does_nothing, written.body[1:])))
 

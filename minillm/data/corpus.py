@@ -44,7 +44,7 @@ class Document(NamedTuple):
 
 
 def read_folder(folder: Path, *, suffixes: Collection[str], leave_out: Collection[str] = ()) -> list[Document]:
-    """Every UTF-8 file below `folder` whose name ends in one of `suffixes`, in order of path.
+    """Every UTF-8 file, byte-order mark or not, below `folder` whose name ends in one of `suffixes`, in order of path.
 
     leave_out: names of folders, at any depth, that are not entered; hidden ones never are. Links to folders are not
     followed. Empty files, and those that are not UTF-8 text, are passed over. Raises InputError where nothing is left.
@@ -71,7 +71,7 @@ def _files(folder: Path, leave_out: Collection[str]) -> Iterator[Path]:
 
 def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         return ""
     except OSError as error:

@@ -87,7 +87,10 @@ def _is_faithful(prompt: str, completion: str, node: Function) -> bool:
     except InputError:  # the docstring shares a line with something else
         return False
     tree = parse_python(prompt + completion) if verdict.parses and not verdict.trivial else None
-    return tree is not None and _dumped(tree.body[0]) == _dumped(node)
+    try:
+        return tree is not None and _dumped(tree.body[0]) == _dumped(node)
+    except RecursionError:  # the parser goes deeper than `ast.dump`
+        return False
 
 
 def _dumped(node: ast.AST) -> list[str]:

@@ -4,13 +4,14 @@
     hub:owner/name/validation        another split
     hub:owner/name/folder            what lies below a folder, by the same rule; folder/split too
     hub:owner/name/data/a.jsonl      one file
-    hub:owner/name@revision/...      of a branch, tag or commit
+    hub:owner/name@revision/...      of a branch, tag, commit, refs/convert/parquet or refs/pr/1
 
 A file's split is what the hub's own names say: `train` of `data/train-00000-of-00002-a09b.parquet`, of `train.jsonl`
 and of `default/train/0000.parquet`. Where more than one split, folder or kind of file could be meant, none is guessed:
 the error lists them. The `datasets` library is not needed, and no code of a repository is run.
 
-What is in the cache is read without a network.
+What is in the cache is read without a network. It may be less than there is, a download having been stopped or another
+split fetched: parts that their names count must then all be there, and what is named for a test is no "only one".
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from minillm.hub import network_errors, one_line_errors
 
 PREFIX = "hub:"
 
-_SOURCE = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?(?:/(.+?))?/*", re.ASCII)  # id, revision, the rest
+_REVISION = r"refs/(?:convert|pr)/[\w-]+|\w[\w.-]*"  # of the names with a slash, only the hub's own
+_SOURCE = re.compile(rf"(\w[\w.-]*/\w[\w.-]*)(?:@({_REVISION}))?(?:/(.+?))?/*", re.ASCII)  # id, revision, the rest
 _PART = re.compile(r"(?:(.+?)[-_])?\d+(-of-\d+)?(-[0-9a-f]+)?")  # the name of one part of several -> the split's
+_COUNTED = re.compile(r".*?(\d+)-of-(\d+).*")  # one part of so many
+_FOR_TESTS = ("test", "validation", "valid", "val", "dev", "eval")
 _SMALL = (".gitattributes", "README.md")
 _NO_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # what the hub writes beside
 
@@ -43,7 +47,10 @@ def fetch(source: str, suffixes: Sequence[str]) -> list[Path]:
     name, revision, rest = found.groups()
     with one_line_errors(f"datasets/{name}", revision, InputError):
         folder = _fetch(name, revision, _SMALL)  # notes in the cache which commit the branch is at
-        chosen = choose(_listed(name, folder), rest or "", suffixes=suffixes, source=source)
+        names, are_all = _listed(name, folder)
+        chosen = choose(names, rest or "", suffixes=suffixes, source=source)
+        if not are_all and chosen != [rest]:
+            _check_cached(chosen, rest or "", source)
         _fetch(name, folder.name, chosen)  # not the branch: a push in between would mix two versions
     return [folder / each for each in chosen]
 
@@ -56,18 +63,34 @@ def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
     return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns))
 
 
-def _listed(name: str, folder: Path) -> list[str]:
-    """The names of all files of the repository; without a network, of those that are in the cache."""
+def _listed(name: str, folder: Path) -> tuple[list[str], bool]:
+    """The names of all files of the repository, True; without a network, of those that are in the cache, False."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import HfHubHTTPError
 
     try:
         # not list_repo_files, which tries for half a minute where there is no network
-        return [each.rfilename for each in HfApi().dataset_info(name, revision=folder.name).siblings or ()]
+        return [each.rfilename for each in HfApi().dataset_info(name, revision=folder.name).siblings or ()], True
     except HfHubHTTPError:
         raise
     except network_errors():
-        return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()], False
+
+
+def _check_cached(chosen: Sequence[str], rest: str, source: str) -> None:
+    """InputError where what was chosen out of the cache alone may not be what the repository would have given."""
+    split = split_of(chosen[0])
+    if split in _FOR_TESTS and PurePosixPath(rest).name != split:
+        raise InputError(
+            f"{source}: the hub cannot be reached and the cache holds {split!r} alone; go online, or name it"
+        )
+    parts = {found.groups() for found in map(_COUNTED.fullmatch, chosen) if found}  # (number, of how many)
+    for _, count in sorted(parts):
+        have = sum(count == other for _, other in parts)
+        if have < int(count):
+            raise InputError(
+                f"{source}: the hub cannot be reached and the cache holds {have} of {int(count)} parts; go online"
+            )
 
 
 def choose(names: Sequence[str], rest: str, *, suffixes: Sequence[str], source: str) -> list[str]:

@@ -36,10 +36,12 @@ TextBy = Literal["document", "paragraph", "line"]
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".tsv", ".parquet", ".txt")
 
 _SPACE = re.compile(r"[ \t\r\n]*")  # JSON's own four, unlike str.isspace
+_FULL = r"[^\S\n]*\S[^\n]*"  # a line that is not blank
+#: Each begins at an anchor: begun anywhere in a run of blanks, it would take the square of the run's length.
 _UNIT = {
-    "document": re.compile(r".*\S.*", re.S),
-    "paragraph": re.compile(r"[^\S\n]*\S.*?(?=\n\s*\n|\s*\Z)", re.S),
-    "line": re.compile(r"[^\n]*\S[^\n]*"),
+    "document": re.compile(r"\A(?=\s*\S).*", re.S),
+    "paragraph": re.compile(rf"^{_FULL}(?:\n{_FULL})*", re.M),
+    "line": re.compile(rf"^{_FULL}", re.M),
 }
 
 
@@ -77,9 +79,11 @@ def number(rows: Iterable[Mapping[str, Any]], *, name: str) -> list[Record]:
     """Records of rows that are in memory, counted from 1 under a name that errors show.
 
     This is the way in for whatever yields dicts, such as a split of a hub data set: `number(split, name="alpaca")`.
+    Such a split is Arrow's, as a Parquet file is, and what is null within a field is absent here too.
     Raises `InputError` for a row that is no dict, and for none at all.
     """
-    records = [Record(_checked(row, name, line), name, line) for line, row in enumerate(rows, 1)]
+    checked = ((line, _checked(row, name, line)) for line, row in enumerate(rows, 1))
+    records = [Record(parquet.without_inner_nulls(row), name, line) for line, row in checked]
     if not records:
         raise InputError(f"{name}: no rows; give a data set that has some")
     return records
@@ -186,9 +190,12 @@ def _not_json(path: Path, line: int, error: object) -> InputError:
 def _csv(text: str, path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        names = next(reader, [])
+        names = next(filter(None, reader), [])  # blank lines are [], here and below
+        line = reader.line_num
         if len(set(names)) < len(names) or not all(names):
-            raise InputError(f"{path} line 1: a column has no name, or another's; name each one: {', '.join(names)}")
+            raise InputError(
+                f"{path} line {line}: a column has no name, or another's; name each one: {', '.join(names)}"
+            )
         line = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(names):

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from minillm.lora.config import LoraConfig
+from minillm.model import Decoder
 
 
 @dataclass
@@ -48,7 +49,7 @@ class _Again:
 
 @dataclass
 class State:
-    """Kept on the model itself, so that a copy of the model has its own.
+    """Kept on the decoder itself, so that a copy of the model has its own.
 
     configs: adapter -> settings, in the order they came. trained: names of the parameters that were trained before.
     """
@@ -59,6 +60,7 @@ class State:
 
 
 def state_of(model: nn.Module) -> State:
-    """That of the model, from now on if it had none."""
-    found: State = vars(model).setdefault("_lora", State())
+    """That of the model, from now on if it had none; of one that wraps a decoder (`minillm.prompt`), the decoder's."""
+    decoder = next((each for each in model.modules() if isinstance(each, Decoder)), model)
+    found: State = vars(decoder).setdefault("_lora", State())
     return found

@@ -45,6 +45,7 @@ def add(
     every other parameter is frozen. generator: where random numbers come from. Raises InputError for a target that
     fits nothing, a rank below 1, a name that is taken; the model is then what it was.
     """
+    check_decoder(model)
     config = settings(config, fields)
     if "." in name or not name or hasattr(nn.ModuleDict(), name):
         raise InputError(f"an adapter cannot be called {name!r}; give a name without dots that torch does not use")
@@ -65,6 +66,13 @@ def add(
         model.contexts = state.choice.contexts
         activate(model, name)
     return chosen
+
+
+def check_decoder(model: nn.Module) -> None:
+    """InputError for a wrapper, such as `minillm.prompt`'s: its names are not the checkpoint's."""
+    within = [path for path, each in model.named_modules() if path and isinstance(each, Decoder)]
+    if within:
+        raise InputError(f"adapters are the Decoder's, not a {type(model).__name__}'s; give the `{within[0]}` of it")
 
 
 @contextlib.contextmanager
@@ -212,6 +220,7 @@ def for_rows(model: nn.Module, chosen: Sequence[str | None]) -> Iterator[None]:
 
 def remove(model: Decoder, name: str) -> None:
     """Take an adapter off; layers without any are what they were before, and so is what is trained without adapters."""
+    check_decoder(model)
     _check(model, [name])
     _take_off(model, name)
     if not state_of(model).configs:

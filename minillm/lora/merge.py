@@ -24,7 +24,7 @@ from torch.utils.checkpoint import noop_context_fn
 
 from minillm.errors import InputError
 from minillm.lora.choice import state_of
-from minillm.lora.inject import _check, layers, unfreeze
+from minillm.lora.inject import _check, check_decoder, layers, unfreeze
 from minillm.lora.layer import Adapted, Adapter, LoraEmbedding, LoraLinear, Retrained, float_weight, lengths
 from minillm.model import Decoder
 from minillm.model.linear import Linear, make_linear
@@ -53,6 +53,7 @@ def merged(model: Decoder, *, dtype: torch.dtype | None = None, tokens: Tensor |
     dtype: of merged layers whose base is quantised; by default that of the embedding. tokens (B, T): compare the logits
     of both models on these. Raises InputError where adapters are chosen by row or none is active.
     """
+    check_decoder(model)
     choice = state_of(model).choice
     if not choice.names() or choice.rows is not None:
         raise InputError("no adapter is active for the whole batch; activate those that shall be merged")

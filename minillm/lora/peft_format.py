@@ -31,7 +31,7 @@ from minillm.checkpoint.tensor_file import SafetensorsFile
 from minillm.errors import CheckpointError, InputError, nearest
 from minillm.lora.config import LoraConfig
 from minillm.lora.fused import Factors, factors, join, split
-from minillm.lora.inject import adapters, add, config_of, or_as_before
+from minillm.lora.inject import adapters, add, check_decoder, config_of, or_as_before
 from minillm.lora.layer import Adapter, LoraEmbedding, shape_of
 from minillm.lora.peft_config import from_peft, to_peft
 from minillm.lora.sites import PREFIX, Site, sites, slots
@@ -48,6 +48,7 @@ def save(model: Decoder, folder: str | os.PathLike[str], *, name: str = "default
 
     Raises CheckpointError where the folder is a file or cannot be written.
     """
+    check_decoder(model)
     config, folder = config_of(model, name), Path(folder)
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, float]] = {}  # module -> rank, alpha

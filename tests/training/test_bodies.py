@@ -89,6 +89,24 @@ def test_a_function_too_long_to_be_learnt_is_still_not_asked_for(recipe: Mine) -
     assert not [body for side in sides(recipe) for body in side if "twin" in body["prompt"]]
 
 
+def test_a_function_that_is_not_learnt_has_been_read_all_the_same(recipe: Mine) -> None:
+    """Its body is another's and so it is no row to learn from; the model has read it, and is not asked for it."""
+    text = recipe.model.parent / "text"
+    read, unread = ({document.path for document in side} for side in split(read_folder(text, suffixes=(".py",)), 0.3))
+    with open(text / min(read & {f"m{i}.py" for i in range(40)}), "a") as file:
+        file.write(function("twin", "return a.b"))
+    with open(text / min(unread & {f"m{i}.py" for i in range(40)}), "a") as file:
+        file.write(function("twin", "return a - 1"))
+    mine_bodies.main(recipe)
+    assert not [body for side in sides(recipe) for body in side if "twin" in body["prompt"]]
+
+
+def test_more_than_was_held_out_is_refused_of_a_folder_by_name_too(recipe: Mine) -> None:
+    text = recipe.model.parent / "text"
+    with pytest.raises(InputError, match=r"held_out is 0\.5; the model was trained on all but 0\.3"):
+        mine_bodies.main(replace(recipe, text=text / "../text", held_out=0.5))
+
+
 def test_mining_repeats(recipe: Mine) -> None:
     mine_bodies.main(recipe)
     first = [(recipe.output / name).read_bytes() for name in ("train.jsonl", "held_out.jsonl")]

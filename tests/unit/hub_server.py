@@ -75,11 +75,11 @@ class HubServer:
         path = request.path.partition("?")[0]
         self.asked.append(f"{request.command} {path}")
         kinds = "(api/models/|(?:api/)?datasets/)?"
-        found = re.fullmatch(rf"/{kinds}([\w.-]+/[\w.-]+)/(revision|tree|resolve)/([\w.-]+)(?:/(.+))?", path)
+        found = re.fullmatch(rf"/{kinds}([\w.-]+/[\w.-]+)/(revision|tree|resolve)/([\w.%-]+)(?:/(.+))?", path)
         repository = self.repositories.get(found[2]) if found else None
         if found is None or repository is None or repository.is_dataset != ("datasets" in (found[1] or "")):
             _refuse(request, 404, "RepoNotFound")
-        elif found[4] not in ("main", repository.commit):
+        elif found[4] not in ("main", "refs%2Fconvert%2Fparquet", repository.commit):
             _refuse(request, 404, "RevisionNotFound")
         elif found[3] == "revision":
             names = [{"rfilename": name} for name in repository.files]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import BinaryIO
 
@@ -106,6 +107,25 @@ def test_a_temporary_taken_before_it_was_locked_is_made_again(tmp_path: Path, mo
     monkeypatch.setattr(fcntl, "flock", flock)
     write_atomically(tmp_path / "a", b"x")
     assert taken and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_temporary_that_is_being_taken_is_not_written_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another writer's `remove_abandoned` has locked it, before this one could, and unlinks it a moment later."""
+    plain, takers = fcntl.flock, []
+
+    def flock(file: BinaryIO, operation: int) -> None:
+        if not takers:
+            other = open(file.name, "r+b")  # noqa: SIM115  # closed by the taker
+            plain(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            takers.append(threading.Timer(0.2, lambda: (os.unlink(other.name), other.close())))
+            takers[0].start()
+        plain(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with atomic_file(tmp_path / "a") as file:
+        takers[0].join()
+        file.write(b"x")
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == b"x"
 
 
 def test_a_link_is_replaced_and_not_written_through(tmp_path: Path) -> None:

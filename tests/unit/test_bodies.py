@@ -251,6 +251,13 @@ def test_files_that_are_no_python_are_passed_over(text: str) -> None:
     assert [body.source for body in found] == ["good.py:1"]
 
 
+def test_depth_is_no_way_to_stop_a_run() -> None:
+    """Python's parser goes deeper than Python itself: such an answer, and such a file, are only of no use."""
+    deep = " if 1 else 1" * 1500
+    assert not judge(PROMPT, f"{deep}\n    return a").parses  # behind the docstring, which is then none
+    assert not mined(f"{PROMPT}\n    return 1{deep}\n")
+
+
 def test_neither_prompt_nor_body_occurs_twice() -> None:
     rows = [Body(*pair, str(i)) for i, pair in enumerate(["ax", "ay", "bx", "cz", "cz", "dw"])]
     assert [body.source for body in distinct(rows)] == ["0", "3", "5"]

@@ -25,7 +25,7 @@ def write(folder: Path, files: dict[str, str | bytes]) -> Path:
 
 def test_reads_text_and_nothing_else(tmp_path: Path) -> None:
     files: dict[str, str | bytes] = {
-        "b.py": "b = 1",
+        "b.py": b"\xef\xbb\xbfb = 1",  # a byte-order mark, which is no Python
         "a/z.py": "z = 1",
         "a/notes.md": "# no",
         "test/c.py": "c = 1",

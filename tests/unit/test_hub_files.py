@@ -51,6 +51,8 @@ REPOSITORIES = {
     "some/splits": Repository(SPLITS, is_dataset=True),
     "some/one": Repository({"README.md": b"#", "alpaca_data.json": b'[{"text": "e"}]'}, is_dataset=True),
     "some/odd": Repository({"x.jsonl": lines("f"), "y.jsonl": lines("g"), "notes.txt": b"h"}, is_dataset=True),
+    "some/halves": Repository({f"train-{i}-of-2.jsonl": lines("kl"[i]) for i in range(2)}, is_dataset=True),
+    "some/tested": Repository({"test.jsonl": lines("m"), "train.jsonl": lines("n")}, is_dataset=True),
     "some/model": Repository({"train.jsonl": lines("i")}),
     "some/gated": Repository({"train.jsonl": lines("j")}, refusal=(401, "GatedRepo"), is_dataset=True),
     "some/broken": Repository({"train.jsonl": b"{\n"}, is_dataset=True),
@@ -72,8 +74,11 @@ ONLINE: dict[str, Any] = {
     "hub:some/odd/notes.txt": [["h", "notes.txt", 1]],
     "hub:some/odd": "hub:some/odd: more than one set of files could be meant; add /split, /folder or /file: x.jsonl, y",
     "hub:some/splits/tset": "some/splits/tset: holds no file, folder or split 'tset' (nearest: test); it has data/",
+    "hub:some/halves/train-0-of-2.jsonl": [["k", "train-0-of-2.jsonl", 1]],
+    "hub:some/tested/test": [["m", "test.jsonl", 1]],
     "hub:some/none": "hub:some/none: holds no .json, .jsonl",
     "hub:some/model": "datasets/some/model: no such folder, and no such repository on the hub",
+    "hub:some/splits@refs/convert/parquet/test": [D],
     "hub:some/splits@v9": "datasets/some/splits: has no revision 'v9'",
     "hub:some/gated": "datasets/some/gated: is gated; accept its terms at http://127.0.0.1",
     "hub:some/broken": "train.jsonl line 1: not JSON",
@@ -83,6 +88,10 @@ ONLINE: dict[str, Any] = {
 OFFLINE = {
     "hub:some/splits": [A, B, C],
     "hub:some/one": [["e", "alpaca_data.json", 1]],
+    "hub:some/halves/train-0-of-2.jsonl": [["k", "train-0-of-2.jsonl", 1]],
+    "hub:some/halves": "some/halves: the hub cannot be reached and the cache holds 1 of 2 parts; go online",
+    "hub:some/tested/test": [["m", "test.jsonl", 1]],
+    "hub:some/tested": "some/tested: the hub cannot be reached and the cache holds 'test' alone; go online, or name it",
     "hub:some/uncached": "datasets/some/uncached: the hub cannot be reached and the cache does not hold",
 }
 

@@ -67,6 +67,20 @@ def test_unusable_rows_are_named(tmp_path: Path) -> None:
     ]
 
 
+def test_what_no_dict_of_python_holds_is_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    from pyarrow.parquet import write_table
+
+    far = pyarrow.array([0, 10**7], pyarrow.int32()).cast(pyarrow.date32())  # a day in the year 29349
+    write_table(pyarrow.table({"text": ["a", "b"], "day": far}), tmp_path / "far.parquet")
+    with pytest.raises(InputError, match=r"far\.parquet: row \d cannot be read \(date value out of range\)"):
+        read_records(tmp_path / "far.parquet")
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    write_table(pyarrow.Table.from_arrays(columns, names=["text", "text"]), tmp_path / "two.parquet")
+    with pytest.raises(InputError, match="two columns have one name; rename one: text, text"):
+        read_records(tmp_path / "two.parquet")
+
+
 def test_a_missing_column_names_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a.parquet line 1: fields of no known format \(prompt, chosen\)"):
         recognise(read_records(write(tmp_path / "a.parquet", [{"prompt": "p", "chosen": "c"}])))

@@ -176,7 +176,21 @@ def test_beside_an_adapter(kind: str) -> None:
     with torch.no_grad():
         on = model(tokens(1, 6))
         with lora.disabled(base):
-            assert not torch.equal(model(tokens(1, 6)), on)
+            off = model(tokens(1, 6))
+            assert not torch.equal(off, on)
+        with lora.disabled(model):  # the base's adapters, seen through the prompted model
+            assert torch.equal(model(tokens(1, 6)), off)
+
+
+def test_adapters_are_the_models_within(tmp_path: Path) -> None:
+    """On the prompted model their names would be of no checkpoint, and the prompt itself frozen."""
+    model = prompted()
+    asks: list[Any] = [lambda: lora.add(model, rank=2, targets=["q_proj"]), lambda: lora.merged(model)]
+    asks += [lambda: lora.save(model, tmp_path), lambda: lora.remove(model, "default")]
+    for ask in asks:
+        with pytest.raises(InputError, match="adapters are the Decoder's, not a Prompted's; give the `base` of it"):
+            ask()
+    assert [name for name, x in model.named_parameters() if x.requires_grad] == ["prompt.table"]
 
 
 def test_starts() -> None:

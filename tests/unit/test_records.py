@@ -56,6 +56,7 @@ def test_csv_cells_may_hold_commas_quotes_and_lines(tmp_path: Path) -> None:
         (5, {"prompt": "e", "completion": ""}),
     ]
     assert read(tmp_path, "a.tsv", "a\tb\n1,2\t3") == [(2, {"a": "1,2", "b": "3"})]
+    assert read(tmp_path, "b.csv", "\n\na\n1\n") == [(4, {"a": "1"})]  # the names are the first line that has any
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,15 @@ def test_a_text_is_one_document_unless_asked(tmp_path: Path, text_by: str, expec
     content = "\r\n  a\r\n b\r\n \r\n\r\n\r\nc\r\n"
     found = read(tmp_path, "a.txt", content, text_by=text_by)
     assert found == [(line, {"text": text}) for line, text in expected]
+
+
+@pytest.mark.parametrize("text_by", ["document", "paragraph", "line"])
+def test_a_run_of_blanks_costs_its_length_and_not_the_square(tmp_path: Path, text_by: str) -> None:
+    """The square of this many took a quarter of an hour."""
+    blanks = " " * 600_000
+    assert read(tmp_path, "a.txt", f"a\n{blanks}\n\nb{blanks}c\n{blanks}", text_by=text_by)[0][0] == 1
+    with pytest.raises(InputError, match="no records"):
+        read(tmp_path, "b.txt", blanks + "\n" * 100, text_by=text_by)
 
 
 def test_a_folder_is_its_data_files_in_order(tmp_path: Path) -> None:
@@ -155,6 +165,9 @@ def test_rows_in_memory_are_counted() -> None:
     found = number(({"a": i} for i in range(2)), name="alpaca")
     assert found == [Record({"a": 0}, "alpaca", 1), Record({"a": 1}, "alpaca", 2)]
     assert found[1].place == "alpaca line 2"
+    turn = {"role": "user", "content": "a", "tool_calls": None}  # as the datasets library has it
+    (chat,) = number([{"messages": [turn], "tools": None}], name="chat")
+    assert chat.fields == {"messages": [{"role": "user", "content": "a"}], "tools": None}
     with pytest.raises(InputError, match="alpaca: no rows"):
         number([], name="alpaca")
     with pytest.raises(InputError, match=r"alpaca line 1: .*not str"):
